@@ -1,0 +1,1 @@
+"""The model and its mathematics: knows no Ray and no storage."""

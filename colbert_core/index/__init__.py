@@ -1,0 +1,1 @@
+"""The compressed multi-vector index: codec, shards, search."""

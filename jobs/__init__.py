@@ -1,0 +1,1 @@
+"""One module per job; each is a function ``run(recipe) -> Report``."""
