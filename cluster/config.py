@@ -347,8 +347,12 @@ class ServeConfig(FrozenModel):
     max_k: int = Field(1000, ge=1)
     max_batch: int = Field(16, ge=1, description="queries encoded together")
     batch_wait_ms: float = Field(2.0, ge=0)
-    api_keys_env: str | None = Field(None, description="environment variable with the accepted keys, comma-separated")
-    poll_alias_s: float = Field(10.0, gt=0, description="how often the index alias is looked up for a new version")
+    api_keys_env: str | None = Field(
+        None, description="environment variable with the accepted keys, comma-separated"
+    )
+    poll_alias_s: float = Field(
+        10.0, gt=0, description="how often the index alias is looked up for a new version"
+    )
     questions: tuple[str, ...] = Field((), description="asked over HTTP by the pipeline, answers shown")
 
 
@@ -375,7 +379,9 @@ class Recipe(FrozenModel):
 
         def check(key: str, value: str | None, allowed: Sequence[str] | set[str], what: str) -> None:
             if value is not None and value not in allowed:
-                raise ValueError(f"{key}: no {what} {value!r}; there are: {', '.join(sorted(allowed)) or 'none'}")
+                raise ValueError(
+                    f"{key}: no {what} {value!r}; there are: {', '.join(sorted(allowed)) or 'none'}"
+                )
 
         check("model.pca_source", self.model.pca_source, sources, "data source")
         for name, tuple_set in self.data.tuples.items():

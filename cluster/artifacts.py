@@ -1,0 +1,155 @@
+"""Names of everything that a recipe makes.
+
+A version is a fingerprint of all that determines its content, parents included. A job can therefore
+tell from the recipe alone whether its output exists, and a changed recipe never meets a stale output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.config import Recipe, TrainPhase, fingerprint
+from colbert_core.errors import ConfigError
+
+Kind = Literal["models", "data", "indexes"]
+
+
+@dataclass(frozen=True, order=True)
+class ArtifactRef:
+    """One published version: ``models/jacolbert@pretrain-0f3a…``."""
+
+    kind: Kind
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.name}@{self.version}"
+
+    @property
+    def prefix(self) -> str:
+        """The storage key that all files of this version start with, with a closing slash."""
+        return f"{self.kind}/{self.name}/{self.version}/"
+
+
+def base_ref(recipe: Recipe) -> ArtifactRef:
+    """The untrained start: backbone, markers and initial projection."""
+    source = recipe.data.sources[recipe.model.pca_source] if recipe.model.pca_source else None
+    digest = fingerprint(recipe.model, source, recipe.data.root if source else None, recipe.seed)
+    return ArtifactRef("models", recipe.model.name, f"base-{digest}")
+
+
+def candidates_ref(recipe: Recipe, tuples: str) -> ArtifactRef:
+    """Mined candidates of a tuple set: query, positive and negatives, not yet scored."""
+    mining = recipe.data.tuples[tuples].mine
+    if mining is None:
+        raise ConfigError(f"data.tuples.{tuples} has no 'mine': nothing is mined for it")
+    scorers = {pool.scorer: _scorer_identity(recipe, pool.scorer) for pool in mining.pools}
+    digest = fingerprint(mining, recipe.data.sources[mining.source], recipe.data.root, scorers, recipe.seed)
+    return ArtifactRef("data", f"{recipe.name}-{tuples}-candidates", digest)
+
+
+def tuples_ref(recipe: Recipe, tuples: str) -> ArtifactRef:
+    """A training set in native tuple form, teacher scores included."""
+    tuple_set = recipe.data.tuples[tuples]
+    if tuple_set.read is not None:
+        origin: object = [tuple_set.read.model_dump(mode="json"), recipe.data.root]
+    else:
+        origin = candidates_ref(recipe, tuples).version
+    scoring = tuple_set.score
+    scorers = {name: _scorer_identity(recipe, name) for name in scoring.scorers} if scoring else {}
+    score_plain = scoring.model_dump(mode="json") if scoring else None
+    return ArtifactRef("data", f"{recipe.name}-{tuples}", fingerprint(origin, score_plain, scorers))
+
+
+def phase_ref(recipe: Recipe, phase: str, step: int | None = None) -> ArtifactRef:
+    """The x-view model that a training phase publishes at its end, or at an earlier step."""
+    config = training_phase(recipe, phase)
+    version = f"{phase}-{phase_fingerprint(recipe, config)}"
+    if step is not None and step != config.steps:
+        version += f"-step{step:08d}"
+    return ArtifactRef("models", recipe.model.name, version)
+
+
+def phase_fingerprint(recipe: Recipe, phase: TrainPhase) -> str:
+    """Digest of all that determines a phase's result; how it is run in parallel does not."""
+    parallel = {
+        "num_workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "threads_per_worker",
+        "max_failures",
+        "checkpoint",
+        "zero_stage",
+        "gradient_checkpointing",
+        "token_budget",
+    }
+    config = phase.model_dump(mode="json", exclude=parallel)
+    start = phase.init if "@" in phase.init else model_ref(recipe, phase.init).version
+    return fingerprint(config, start, [tuples_ref(recipe, name).version for name in phase.data])
+
+
+def averaged_ref(recipe: Recipe) -> ArtifactRef:
+    """The mean of the models that ``average.inputs`` names."""
+    if recipe.average is None:
+        raise ConfigError("the recipe has no 'average' section")
+    inputs = []
+    for item in recipe.average.inputs:
+        if item.phase is not None:
+            version = phase_ref(recipe, item.phase, None if item.step == "last" else item.step).version
+        else:
+            version = str(item.model)
+        inputs.append((version, item.weight))
+    greedy = recipe.average.greedy.model_dump(mode="json") if recipe.average.greedy else None
+    return ArtifactRef("models", recipe.model.name, f"averaged-{fingerprint(sorted(inputs), greedy)}")
+
+
+def model_ref(recipe: Recipe, spec: str) -> ArtifactRef:
+    """The version that 'base', 'averaged' or a phase's name stands for in this recipe.
+
+    Raises:
+        ConfigError: ``spec`` is none of these; NAME@VERSION specs need a registry to be resolved.
+    """
+    if spec == "base":
+        return base_ref(recipe)
+    if spec == "averaged":
+        return averaged_ref(recipe)
+    phases = [phase.name for phase in recipe.train]
+    if spec in phases:
+        return phase_ref(recipe, spec)
+    raise ConfigError(f"no model {spec!r} in this recipe; there are: base, averaged, {', '.join(phases)}")
+
+
+def index_ref(recipe: Recipe) -> ArtifactRef:
+    """The index that ``index`` describes."""
+    if recipe.index is None:
+        raise ConfigError("the recipe has no 'index' section")
+    content = recipe.index.model_dump(
+        mode="json", exclude={"name", "encode_workers", "cpus_per_worker", "gpus_per_worker", "token_budget"}
+    )
+    spec = recipe.index.model
+    model = spec if "@" in spec else model_ref(recipe, spec).version
+    sources = {name: recipe.data.sources[name].model_dump(mode="json") for name in recipe.index.sources}
+    return ArtifactRef("indexes", recipe.index.name, fingerprint(content, model, sources, recipe.data.root))
+
+
+def training_phase(recipe: Recipe, name: str) -> TrainPhase:
+    """The phase of this name.
+
+    Raises:
+        ConfigError: there is none; the message lists those there are.
+    """
+    for phase in recipe.train:
+        if phase.name == name:
+            return phase
+    names = ", ".join(phase.name for phase in recipe.train) or "none"
+    raise ConfigError(f"no training phase {name!r}; there are: {names}")
+
+
+def _scorer_identity(recipe: Recipe, name: str) -> object:
+    """A scorer's settings; one that is a model of this recipe stands for that model's version."""
+    config = recipe.scorers[name]
+    plain = config.model_dump(mode="json")
+    if config.kind == "colbert" and config.model in ("base", "averaged", *(p.name for p in recipe.train)):
+        plain["model"] = model_ref(recipe, config.model).version
+    return plain
