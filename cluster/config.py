@@ -95,9 +95,13 @@ class Mining(FrozenModel):
         None, gt=0, description="drop a candidate whose pool score exceeds this share of the positive's"
     )
     max_queries: int | None = Field(None, ge=1, description="a seeded sample of the queries")
-    group_by_shared_documents: bool = Field(
-        False, description="order tuples so that one micro-batch shares documents, which are encoded once"
+    group_size: int | None = Field(
+        None,
+        ge=2,
+        description="lay tuples that share documents next to each other, in groups of this size: "
+        "a micro-batch of that size encodes each shared document once",
     )
+    seed: int = 42
 
 
 class Scoring(FrozenModel):
@@ -143,8 +147,8 @@ class TupleFiles(FrozenModel):
 
 class DataConfig(FrozenModel):
     root: str = Field(".", description="directory or s3:// prefix that relative paths start from")
-    sources: dict[Name, Source] = {}
-    tuples: dict[Name, TupleSet] = {}
+    sources: dict[Name, Source] = Field(default_factory=dict)
+    tuples: dict[Name, TupleSet] = Field(default_factory=dict)
 
 
 class Bm25Scorer(FrozenModel):
@@ -250,7 +254,8 @@ class TrainPhase(FrozenModel):
     def _units_fill_steps(self) -> TrainPhase:
         if self.queries_per_step % self.micro_batch:
             raise ValueError(
-                f"queries_per_step ({self.queries_per_step}) must be a multiple of micro_batch ({self.micro_batch})"
+                f"queries_per_step ({self.queries_per_step}) must be a multiple of "
+                f"micro_batch ({self.micro_batch})"
             )
         workers = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers,) * 2
         if not 1 <= workers[0] <= workers[1]:
@@ -366,7 +371,7 @@ class Recipe(FrozenModel):
     ray: RayConfig = RayConfig()
     model: ModelConfig
     data: DataConfig = DataConfig()
-    scorers: dict[Name, Scorer] = {}
+    scorers: dict[Name, Scorer] = Field(default_factory=dict)
     train: tuple[TrainPhase, ...] = ()
     average: AverageConfig | None = None
     index: IndexConfig | None = None

@@ -1,0 +1,59 @@
+"""Joining Ray: the cluster this process was submitted to, a named one, or an embedded local Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from cluster.config import Recipe
+from colbert_core.errors import ConfigError
+
+# Logical CPUs beyond the cores of an embedded Ray: data tasks run beside the training workers,
+# which each hold a core but wait for data some of the time.
+SPARE_CPUS = 2
+
+
+@contextmanager
+def ray_session(recipe: Recipe) -> Iterator[None]:
+    """Connects to Ray for the time of the block; inside another session it does nothing.
+
+    A job started by ``ray job submit`` finds ``RAY_ADDRESS`` in its environment and joins that
+    cluster. Otherwise ``ray.address`` of the recipe is joined, and without one a local Ray is
+    started and stopped again at the end of the block. An unrelated Ray that happens to run on this
+    machine is never joined by accident.
+
+    Raises:
+        ConfigError: the address cannot be joined.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS") or recipe.ray.address
+    # Idle threads of one process must not spin on the cores that another one computes on.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ.update(environment)
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": environment})
+        else:
+            cores = recipe.ray.num_cpus or (os.cpu_count() or 1) + SPARE_CPUS
+            memory = recipe.ray.object_store_mb * 2**20 if recipe.ray.object_store_mb else None
+            ray.init(
+                address="local",
+                num_cpus=cores,
+                object_store_memory=memory,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": environment},
+            )
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"ray.address: cannot join Ray at {address!r}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

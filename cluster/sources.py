@@ -1,0 +1,179 @@
+"""Labelled retrieval sets in BEIR layout: corpus, queries and relevance labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from cluster.config import Recipe
+from cluster.storage import open_store
+from colbert_core.errors import DataError
+
+
+@dataclass(frozen=True)
+class LabelledSource:
+    """A corpus, the questions asked of it, and which documents answer them.
+
+    Attributes:
+        name: the source's name in the recipe.
+        corpus: document id -> text, the title in front.
+        queries: query id -> text.
+        qrels: query id -> document id -> relevance above 0.
+    """
+
+    name: str
+    corpus: Mapping[str, str]
+    queries: Mapping[str, str]
+    qrels: Mapping[str, Mapping[str, int]]
+
+    @property
+    def labelled_queries(self) -> dict[str, str]:
+        """The queries that have a relevant document, in file order."""
+        return {query_id: text for query_id, text in self.queries.items() if query_id in self.qrels}
+
+
+def document_text(title: str | None, text: str) -> str:
+    """What the encoder reads of a document: its title, if any, in front of its text."""
+    return f"{title} {text}" if title else text
+
+
+def load_source(recipe: Recipe, name: str) -> LabelledSource:
+    """Reads a data source of the recipe.
+
+    Raises:
+        DataError: a file is missing or malformed, an id occurs twice, or a label names an unknown id;
+            the message names the file and the row.
+    """
+    source = recipe.data.sources[name]
+    corpus: dict[str, str] = {}
+    for row, record in read_records(recipe, source.corpus, ("_id", "text"), optional=("title",)):
+        _insert(corpus, record["_id"], document_text(record["title"], record["text"]), source.corpus, row)
+    queries: dict[str, str] = {}
+    for row, record in read_records(recipe, source.queries, ("_id", "text")):
+        _insert(queries, record["_id"], record["text"], source.queries, row)
+    if not corpus:
+        raise DataError(f"{source.corpus}: the corpus has no documents")
+    return LabelledSource(name, corpus, queries, _read_qrels(recipe, source.qrels, corpus, queries))
+
+
+def read_records(
+    recipe: Recipe, path: str, required: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Streams the rows of a Parquet or JSONL file as ``(row number from 1, record)``.
+
+    Only the named columns are read; an optional one that is missing reads as None. Text columns must
+    hold strings.
+
+    Raises:
+        DataError: no such file, an unknown format, a missing column, or a value that is not a string.
+    """
+    columns = (*required, *optional)
+    rows = _parquet_rows(recipe, path, required, optional) if path.endswith(".parquet") else None
+    if rows is None:
+        if not path.endswith((".jsonl", ".json")):
+            raise DataError(f"{path}: unknown format; a .parquet or .jsonl file is expected")
+        rows = _jsonl_rows(recipe, path)
+    for number, record in rows:
+        for column in columns:
+            value = record.get(column)
+            if value is None and column in optional:
+                continue
+            if value is None:
+                raise DataError(
+                    f"{path} row {number}: no column {column!r}; there are: {', '.join(sorted(record))}"
+                )
+            if not isinstance(value, str):
+                raise DataError(f"{path} row {number}: {column!r} is {type(value).__name__}, not a string")
+        yield number, {column: record.get(column) for column in columns}
+
+
+def data_filesystem(recipe: Recipe) -> tuple[fs.FileSystem, str]:
+    """The filesystem and folder that the recipe's relative data paths start from."""
+    root = recipe.data.root
+    if root.startswith("s3://"):
+        return open_store(recipe.storage.model_copy(update={"root": root})).arrow()
+    return fs.LocalFileSystem(), root
+
+
+def _open(recipe: Recipe, path: str) -> pa.NativeFile:
+    filesystem, root = data_filesystem(recipe)
+    location = path if path.startswith("/") else f"{root.rstrip('/')}/{path}"
+    try:
+        return filesystem.open_input_file(location)
+    except FileNotFoundError:
+        raise DataError(f"no file {path!r} under data.root {recipe.data.root!r}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _parquet_rows(
+    recipe: Recipe, path: str, required: tuple[str, ...], optional: tuple[str, ...]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _open(recipe, path) as handle:
+        try:
+            file = pq.ParquetFile(handle)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path}: not a Parquet file: {error}") from None
+        present = set(file.schema_arrow.names)
+        for column in required:
+            if column not in present:
+                raise DataError(f"{path}: no column {column!r}; there are: {', '.join(sorted(present))}")
+        number = 0
+        wanted = [*required, *(column for column in optional if column in present)]
+        for batch in file.iter_batches(batch_size=4096, columns=wanted):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+
+
+def _jsonl_rows(recipe: Recipe, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _open(recipe, path) as handle:
+        for number, line in enumerate(handle.read().splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path} row {number}: not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{path} row {number}: a JSON object is expected, not {type(record).__name__}")
+            yield number, record
+
+
+def _insert(table: dict[str, str], key: str, text: str, path: str, row: int) -> None:
+    if key in table:
+        raise DataError(f"{path} row {row}: id {key!r} occurs twice")
+    table[key] = text
+
+
+def _read_qrels(
+    recipe: Recipe, path: str, corpus: Mapping[str, str], queries: Mapping[str, str]
+) -> dict[str, dict[str, int]]:
+    """Reads TSV labels: ``query-id corpus-id score``, or TREC's four columns; a header is skipped."""
+    qrels: dict[str, dict[str, int]] = {}
+    with _open(recipe, path) as handle:
+        lines = handle.read().decode("utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        fields = line.split("\t") if "\t" in line else line.split()
+        if not fields or (number == 1 and not fields[-1].lstrip("-").isdigit()):
+            continue
+        if len(fields) not in (3, 4):
+            raise DataError(f"{path} row {number}: 3 or 4 columns are expected, not {len(fields)}")
+        query_id, document_id, score = fields[0], fields[-2], fields[-1]
+        if query_id not in queries:
+            raise DataError(f"{path} row {number}: no query {query_id!r} in the queries file")
+        if document_id not in corpus:
+            raise DataError(f"{path} row {number}: no document {document_id!r} in the corpus")
+        if not score.lstrip("-").isdigit():
+            raise DataError(f"{path} row {number}: the label {score!r} is not a whole number")
+        if int(score) > 0:
+            qrels.setdefault(query_id, {})[document_id] = int(score)
+    if not qrels:
+        raise DataError(f"{path}: no relevant document is labelled")
+    return qrels

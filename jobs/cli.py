@@ -1,0 +1,132 @@
+"""``raycolbert <job> RECIPE``: every job as a command.
+
+A command runs here, on an embedded Ray or on the cluster it was submitted to; with ``--address`` it
+submits itself to a cluster and follows the log.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.launch import Address, Debug, Json, Overrides, RecipePath, launch
+from jobs.registry_cli import app as registry_app
+
+app = typer.Typer(
+    name="raycolbert",
+    help="Train and serve ColBERT-style multi-vector retrievers on a Ray cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(registry_app, name="registry", help="Look at, verify, promote and clean up what is published.")
+
+
+@app.command("mine_negatives")
+def mine_negatives(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find hard negatives for labelled questions with BM25, dense or ColBERT retrieval."""
+    launch("mine_negatives", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+
+
+@app.command("score_teacher")
+def score_teacher(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score mined or given tuples with the teacher: a cross-encoder or an ensemble."""
+    launch("score_teacher", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+
+
+@app.command("train")
+def train(
+    recipe: RecipePath,
+    phase: Annotated[str | None, typer.Option(help="one phase; default: all, in order")] = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Distil the teacher into a ColBERT model; a run that was stopped goes on where it was."""
+    launch("train", recipe, overrides or (), address=address, as_json=as_json, debug=debug, phase=phase)
+
+
+@app.command("average")
+def average(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Average the weights of several checkpoints into one model."""
+    launch("average", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+
+
+@app.command("index")
+def index(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Encode a corpus and build a sharded index of it."""
+    launch("index", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+
+
+@app.command("evaluate")
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare retrievers on labelled questions, with paired 95 % intervals."""
+    launch("evaluate", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+
+
+@app.command("serve")
+def serve(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve an index over HTTP until interrupted."""
+    launch("serve", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+
+
+@app.command("pipeline")
+def pipeline(
+    recipe: RecipePath,
+    report: Annotated[
+        Path | None, typer.Option(help="folder for report.html and report.json; default: none")
+    ] = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """All jobs in order, from raw text to answers over HTTP; what exists already is not made again."""
+    launch("pipeline", recipe, overrides or (), address=address, as_json=as_json, debug=debug, report=report)
+
+
+def main() -> None:
+    """Entry point of the ``raycolbert`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

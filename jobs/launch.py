@@ -1,0 +1,146 @@
+"""The one way a job starts, from the CLI, from ``python -m jobs.<name>`` and from ``ray job submit``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.traceback import Traceback
+
+from cluster.config import Recipe, load_recipe
+from cluster.report import Report
+from colbert_core.errors import ConfigError, RaycolbertError
+
+PACKAGES = ("colbert_core", "cluster", "jobs", "serving")
+POLL_SECONDS = 1.0
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key, e.g. train.0.steps=20"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="submit to the Ray cluster with this dashboard address, e.g. http://head:8265"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print the report as JSON")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def launch(
+    job: str,
+    recipe_path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    address: str | None = None,
+    as_json: bool = False,
+    debug: bool = False,
+    **extras: Any,
+) -> None:
+    """Runs a job here, or submits the same command to a cluster; exits with the job's status.
+
+    Args:
+        job: name of a module of :mod:`jobs` with a function ``run(recipe, **extras)``.
+        recipe_path: the recipe file.
+        overrides: ``key=value`` strings, see :func:`cluster.config.load_recipe`.
+        address: dashboard address of a cluster; None runs in this process.
+        as_json: print the report as JSON instead of a table.
+        debug: show tracebacks of typed errors.
+        extras: options of this job alone; None and False mean "not given".
+    """
+    given = {name: value for name, value in extras.items() if value not in (None, False)}
+    try:
+        recipe = load_recipe(recipe_path, overrides)
+        if address:
+            raise typer.Exit(_submit(job, recipe_path, overrides, address, given))
+        report = _module(job).run(recipe, **given)
+        _store(recipe, report)
+    except RaycolbertError as error:
+        if debug:
+            errors.print(Traceback())
+        errors.print(f"[bold red]error:[/] {type(error).__name__}: {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        report.print(console)
+
+
+def main(job: str, run: Callable[..., Report]) -> None:
+    """Entry point of ``python -m jobs.<name>``: the CLI's command of the same name."""
+    from jobs.cli import app
+
+    del run  # named in the call so that a job's module shows what its command runs
+    app([job, *sys.argv[1:]], prog_name=f"python -m jobs.{job}")
+
+
+def _module(job: str) -> ModuleType:
+    return import_module(f"jobs.{job}")
+
+
+def _store(recipe: Recipe, report: Report) -> None:
+    """Keeps the report beside the outputs, under a key of its own."""
+    from cluster.storage import open_store
+
+    stamp = report.started_at.strftime("%Y%m%dT%H%M%S.%fZ")
+    key = f"reports/{recipe.name}/{report.job}/{stamp}.json"
+    open_store(recipe.storage).put(key, report.model_dump_json(indent=2).encode("utf-8"))
+
+
+def _submit(
+    job: str, recipe_path: Path, overrides: Sequence[str], address: str, extras: dict[str, Any]
+) -> int:
+    """Submits ``python -m jobs.<job>`` with this code and recipe, follows its log, returns its status."""
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"--address {address}: no Ray dashboard answers there: {error}") from None
+    command = ["python", "-m", f"jobs.{job}", "recipe.yaml"]
+    for override in overrides:
+        command += ["--set", override]
+    for name, value in extras.items():
+        option = f"--{name.replace('_', '-')}"
+        command += [option] if value is True else [option, str(value)]
+    with tempfile.TemporaryDirectory() as directory:
+        # What the cluster runs is this code, not whatever version its nodes have installed.
+        root = Path(directory)
+        shutil.copy(recipe_path, root / "recipe.yaml")
+        for package in PACKAGES:
+            source = Path(str(import_module(package).__file__)).parent
+            shutil.copytree(source, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+        submission = client.submit_job(
+            entrypoint=shlex.join(command),
+            runtime_env={"working_dir": str(root), "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            metadata={"job": job, "recipe": recipe_path.name},
+        )
+    console.print(f"submitted {submission} to {address}: {shlex.join(command)}")
+    shown = 0
+    while True:
+        status = client.get_job_status(submission)
+        log = client.get_job_logs(submission)
+        sys.stdout.write(log[shown:])
+        sys.stdout.flush()
+        shown = len(log)
+        if status.is_terminal():
+            break
+        time.sleep(POLL_SECONDS)
+    if status != JobStatus.SUCCEEDED:
+        errors.print(f"[bold red]job {submission} {status}[/]")
+        return client.get_job_info(submission).driver_exit_code or 1
+    return os.EX_OK
