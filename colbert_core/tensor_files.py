@@ -1,4 +1,4 @@
-"""Writes a safetensors file one tensor at a time.
+"""Writes a safetensors file one tensor at a time, and tells files apart by content.
 
 The ``safetensors`` package can read a file tensor by tensor but writes a whole dictionary at once. A
 mean of checkpoints or a dequantised base must not hold all of its tensors, so the format is written
@@ -8,6 +8,7 @@ data in header order (https://github.com/huggingface/safetensors#format).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -111,3 +112,12 @@ class TensorFileWriter:
         self._partial.unlink(missing_ok=True)
         if kind is None:
             raise ValueError(f"{self._path}: tensors never written: {', '.join(self._pending)}")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
