@@ -163,7 +163,7 @@ def tiny_modernbert_dir(path: Path, *, seed: int = 0, hidden: int = 32, layers: 
         num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=2 * hidden,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         local_attention=16,
         pad_token_id=vocabulary["[PAD]"],
         bos_token_id=vocabulary["[CLS]"],
