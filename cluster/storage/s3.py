@@ -1,0 +1,416 @@
+"""Storage in an S3 bucket, or in any server that speaks its protocol with conditional writes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import urlsplit
+
+import boto3
+from botocore.config import Config
+from pyarrow.fs import FileSystem, S3FileSystem
+
+from cluster.config import StorageConfig
+from cluster.storage.api import ObjectInfo, ObjectStore, check_key, check_prefix, check_range, file_sha256
+from cluster.storage.s3_errors import REQUEST_ERRORS, Fault, explain
+from cluster.storage.s3_reader import S3Reader
+from colbert_core.errors import ConfigError, ObjectNotFound, PreconditionFailed, StorageError
+
+Answer = TypeVar("Answer")
+
+_LOG = logging.getLogger(__name__)
+_FIRST_CONTACT_S = 10.0
+_PART_BYTES = 16 << 20
+_MAX_PARTS = 9_000
+_UPLOAD_THREADS = 4
+
+
+class _Tries:
+    """What happened to earlier tries of one request."""
+
+    uncertain = False
+    """A try ended without an answer, or with a server error: the server may have done it all the same."""
+
+
+class S3Store(ObjectStore):
+    """Objects under ``s3://bucket/prefix``.
+
+    Retries are this class's own, with exponential backoff and jitter; ``request_timeout_s`` bounds one
+    request with all its tries. A part of a large upload or download is a request.
+    """
+
+    def __init__(self, config: StorageConfig) -> None:
+        super().__init__(config)
+        parts = urlsplit(config.root)
+        self.bucket = parts.netloc
+        self.prefix = parts.path.strip("/")
+        if not self.bucket or "@" in self.bucket:
+            raise ConfigError("storage.root: expected s3://bucket/prefix, without credentials")
+        if self.prefix:
+            check_key(self.prefix)
+        self._lock = threading.Lock()
+        self._reached = False
+        self._conditions_checked = False
+        timeout = config.request_timeout_s
+        session = boto3.session.Session(region_name=config.region)
+        self._region = session.region_name or "us-east-1"
+        self._client: Any = session.client(
+            "s3",
+            endpoint_url=config.endpoint_url,
+            region_name=self._region,
+            config=Config(
+                connect_timeout=min(5.0, max(0.5, timeout / 4)),
+                read_timeout=min(20.0, max(0.5, timeout / 3)),
+                retries={"total_max_attempts": 1, "mode": "standard"},
+                max_pool_connections=32,
+                s3={"addressing_style": "path" if config.endpoint_url else "auto"},
+                user_agent_extra="raycolbert",
+            ),
+        )
+        credentials = session.get_credentials()
+        self._secrets: tuple[str, ...] = ()
+        if credentials is not None:
+            frozen = credentials.get_frozen_credentials()
+            self._secrets = tuple(s for s in (frozen.secret_key, frozen.token, frozen.access_key) if s)
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    @property
+    def endpoint(self) -> str:
+        """The server's address without credentials, for messages."""
+        parts = urlsplit(self._client.meta.endpoint_url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def get_with_etag(self, key: str) -> tuple[bytes, str]:
+        def request() -> tuple[bytes, str]:
+            answer = self._client.get_object(**self._at(key))
+            return answer["Body"].read(), answer["ETag"]
+
+        return self._call("get", key, request)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        check_range(start, length)
+        if length == 0:
+            self.head(key)
+            return b""
+        return self.get_range_of(key, start, length, None)
+
+    def get_range_of(self, key: str, start: int, length: int, etag: str | None) -> bytes:
+        """As ``get_range`` with ``length`` > 0, of the object with this etag only."""
+        condition = {"IfMatch": etag} if etag else {}
+
+        def request() -> bytes:
+            span = f"bytes={start}-{start + length - 1}"
+            return self._client.get_object(**self._at(key), Range=span, **condition)["Body"].read()
+
+        try:
+            return self._call("get_range", key, request)
+        except _OutOfRange:
+            return b""
+
+    def open(self, key: str) -> BinaryIO:
+        info = self.head(key)
+        return cast(BinaryIO, io.BufferedReader(S3Reader(self, info), 1 << 18))
+
+    def stream(self, key: str, start: int, etag: str) -> Any:
+        """The body of the object with this etag from ``start`` on, unread."""
+        span = {"Range": f"bytes={start}-"} if start else {}
+        return self._call(
+            "get", key, lambda: self._client.get_object(**self._at(key), IfMatch=etag, **span)["Body"]
+        )
+
+    def head(self, key: str) -> ObjectInfo:
+        answer = self._call("head", key, lambda: self._client.head_object(**self._at(key)))
+        return ObjectInfo(key, answer["ContentLength"], answer["ETag"], answer["LastModified"])
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        for page in self._pages(prefix, {}):
+            for item in page.get("Contents", ()):
+                key = self._relative(item["Key"])
+                if key and not key.endswith("/"):
+                    yield ObjectInfo(key, item["Size"], item["ETag"], item["LastModified"])
+
+    def list_folders(self, prefix: str = "") -> Sequence[str]:
+        found = []
+        for page in self._pages(prefix, {"Delimiter": "/"}):
+            for item in page.get("CommonPrefixes", ()):
+                found.append(self._relative(item["Prefix"])[len(prefix) :].rstrip("/"))
+        return sorted(set(found), key=str.encode)
+
+    def _pages(self, prefix: str, options: dict[str, str]) -> Iterator[dict[str, Any]]:
+        check_prefix(prefix)
+        whole = f"{self.prefix}/{prefix}" if self.prefix else prefix
+        request = {"Bucket": self.bucket, "Prefix": whole, **options}
+        while True:
+            page = self._call("list", prefix, lambda: self._client.list_objects_v2(**request))
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        if if_absent and if_match is not None:
+            raise ValueError("if_absent and if_match exclude each other")
+        condition = self._condition(key, if_absent, if_match)
+        tries = _Tries()
+
+        def request() -> str:
+            return self._client.put_object(**self._at(key), Body=data, **condition)["ETag"]
+
+        try:
+            return self._call("put", key, request, tries)
+        except ObjectNotFound:
+            raise PreconditionFailed(f"put of {key!r} in {self.uri}: the object to replace is gone") from None
+        except PreconditionFailed:
+            # The lost answer of an earlier try may have been a success: then our content stands there.
+            if tries.uncertain:
+                content, etag = self.get_with_etag(key)
+                if content == data:
+                    return etag
+            raise
+
+    def upload(self, key: str, path: Path, *, if_absent: bool = False) -> str:
+        path = Path(path)
+        try:
+            size = path.stat().st_size
+            if size <= _PART_BYTES:
+                return self.put(key, path.read_bytes(), if_absent=if_absent)
+            if if_absent and self.exists(key):
+                raise PreconditionFailed(f"upload of {key!r} to {self.uri}: the object exists already")
+            return self._upload_parts(key, path, size, self._condition(key, if_absent, None))
+        except OSError as error:
+            raise StorageError(f"upload to {key!r}: cannot read {path}: {error.strerror}") from None
+
+    def _upload_parts(self, key: str, path: Path, size: int, condition: dict[str, str]) -> str:
+        part_bytes = max(_PART_BYTES, -(-size // _MAX_PARTS))
+        place = self._at(key)
+        upload = self._call("upload", key, lambda: self._client.create_multipart_upload(**place)["UploadId"])
+
+        def send(number: int) -> dict[str, Any]:
+            with path.open("rb") as stream:
+                stream.seek((number - 1) * part_bytes)
+                body = stream.read(part_bytes)
+            etag = self._call(
+                "upload",
+                key,
+                lambda: self._client.upload_part(**place, UploadId=upload, PartNumber=number, Body=body)[
+                    "ETag"
+                ],
+            )
+            return {"PartNumber": number, "ETag": etag}
+
+        tries = _Tries()
+        try:
+            with ThreadPoolExecutor(_UPLOAD_THREADS) as pool:
+                parts = list(pool.map(send, range(1, -(-size // part_bytes) + 1)))
+
+            def finish() -> str:
+                return self._client.complete_multipart_upload(
+                    **place, UploadId=upload, MultipartUpload={"Parts": parts}, **condition
+                )["ETag"]
+
+            return self._call("upload", key, finish, tries)
+        except StorageError:
+            if tries.uncertain and self._holds(key, path, size):
+                return self.head(key).etag
+            self._abort(place, upload)
+            raise
+
+    def _holds(self, key: str, path: Path, size: int) -> bool:
+        """Whether the object is there with just this file's content."""
+        try:
+            return self.head(key).size == size and self.sha256(key) == file_sha256(path)
+        except StorageError:
+            return False
+
+    def _abort(self, place: dict[str, str], upload: str) -> None:
+        try:
+            self._client.abort_multipart_upload(**place, UploadId=upload)
+        except REQUEST_ERRORS as error:
+            _LOG.warning(
+                "unfinished upload of %s stays until garbage collection: %s", place["Key"], type(error)
+            )
+
+    def delete(self, key: str) -> None:
+        self._call("delete", key, lambda: self._client.delete_object(**self._at(key)))
+
+    def abort_uploads(self, older_than: datetime, *, dry_run: bool = False) -> Sequence[str]:
+        prefix = f"{self.prefix}/" if self.prefix else ""
+        request = {"Bucket": self.bucket, "Prefix": prefix}
+        stale: list[tuple[str, str]] = []
+        while True:
+            page = self._call("list_uploads", "", partial(self._client.list_multipart_uploads, **request))
+            begun = (item for item in page.get("Uploads", ()) if item["Key"].startswith(prefix))
+            stale += [(item["Key"], item["UploadId"]) for item in begun if item["Initiated"] < older_than]
+            if not page.get("IsTruncated"):
+                break
+            request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        for key, upload in () if dry_run else stale:
+            abort = partial(self._client.abort_multipart_upload, Bucket=self.bucket, Key=key, UploadId=upload)
+            self._call("abort_upload", self._relative(key), abort)
+        return [self._relative(key) for key, _ in stale]
+
+    def arrow(self) -> tuple[FileSystem, str]:
+        options: dict[str, Any] = {}
+        if self.config.endpoint_url:
+            parts = urlsplit(self.config.endpoint_url)
+            options = {"endpoint_override": parts.netloc.rpartition("@")[2], "scheme": parts.scheme}
+        filesystem = S3FileSystem(
+            region=self._region,
+            connect_timeout=5.0,
+            request_timeout=min(20.0, self.config.request_timeout_s),
+            **options,
+        )
+        return filesystem, f"{self.bucket}/{self.prefix}".rstrip("/")
+
+    # -- conditions ---------------------------------------------------------------------------------
+
+    def _condition(self, key: str, if_absent: bool, if_match: str | None) -> dict[str, str]:
+        """The request headers of a condition, once the server has shown that it honours them."""
+        if not if_absent and if_match is None:
+            return {}
+        if self.config.single_writer:
+            self._check_alone(key, if_match)
+            return {}
+        with self._lock:
+            if not self._conditions_checked:
+                self._probe_conditions()
+                self._conditions_checked = True
+        return {"IfNoneMatch": "*"} if if_match is None else {"IfMatch": if_match}
+
+    def _check_alone(self, key: str, if_match: str | None) -> None:
+        """The condition, checked before the write: enough for one writer, on any server."""
+        try:
+            current: str | None = self.head(key).etag
+        except ObjectNotFound:
+            current = None
+        if current != if_match:
+            state = "is gone" if current is None else "exists already" if if_match is None else "has changed"
+            raise PreconditionFailed(f"put of {key!r} to {self.uri}: the object {state}")
+
+    def _probe_conditions(self) -> None:
+        """Writes a probe object twice; the second write must be refused, and one over a wrong etag too."""
+        key = f".probe/{uuid.uuid4().hex}"
+        place = self._at(key)
+
+        def honours(condition: dict[str, str]) -> bool:
+            try:
+                self._call("probe", key, lambda: self._client.put_object(**place, Body=b"2", **condition))
+            except (PreconditionFailed, ObjectNotFound):
+                return True
+            return False
+
+        self._call("probe", key, lambda: self._client.put_object(**place, Body=b"1"))
+        try:
+            wrong = '"' + hashlib.md5(b"no such content", usedforsecurity=False).hexdigest() + '"'
+            ignored = [
+                name
+                for name, value in (("IfNoneMatch", "*"), ("IfMatch", wrong))
+                if not honours({name: value})
+            ]
+        finally:
+            self.delete(key)
+        if ignored:
+            raise StorageError(
+                f"{self.uri}: the server at {self.endpoint} does not honour conditional writes "
+                f"({', '.join(ignored)}), so two jobs could overwrite each other's artifacts. Use a server "
+                "that does, or set storage.single_writer: true and run one job at a time."
+            )
+
+    # -- requests -----------------------------------------------------------------------------------
+
+    def _at(self, key: str) -> dict[str, str]:
+        check_key(key)
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}/{key}" if self.prefix else key}
+
+    def _relative(self, key: str) -> str:
+        return key[len(self.prefix) + 1 :] if self.prefix else key
+
+    def _call(
+        self, operation: str, key: str, request: Callable[[], Answer], tries: _Tries | None = None
+    ) -> Answer:
+        """Runs a request until it succeeds, fails for good, or the time bound is over."""
+        begin = time.monotonic()
+        attempt = 0
+        while True:
+            try:
+                answer = request()
+            except REQUEST_ERRORS as error:
+                fault = explain(error)
+                waited = time.monotonic() - begin
+                if fault.code:
+                    self._reached = True
+                bound = self.config.request_timeout_s
+                if fault.no_contact and not self._reached:
+                    bound = min(bound, _FIRST_CONTACT_S)
+                pause = random.uniform(0.5, 1.0) * min(5.0, 0.1 * 2**attempt)
+                if not fault.transient or waited + pause > bound:
+                    raise self._typed(operation, key, fault, attempt + 1, waited) from None
+                if tries is not None and not fault.no_contact:
+                    tries.uncertain = True
+                attempt += 1
+                _LOG.info(
+                    "%s of %s: %s; try %d follows", operation, key, self._redact(fault.reason), attempt + 1
+                )
+                time.sleep(pause)
+            else:
+                self._reached = True
+                return answer
+
+    def _typed(self, operation: str, key: str, fault: Fault, attempts: int, seconds: float) -> StorageError:
+        if operation == "head" and fault.code == "AccessDenied":
+            fault = self._reason_of_refusal(key, fault)
+        where = f"{operation} of {key!r} in {self.uri}"
+        if fault.precondition:
+            return PreconditionFailed(f"{where}: the object exists already, or has changed since it was read")
+        if fault.missing:
+            if self._bucket_is_missing():
+                return StorageError(f"{where}: the bucket {self.bucket!r} does not exist at {self.endpoint}")
+            return ObjectNotFound(f"{where}: no such object")
+        if fault.code in ("InvalidRange", "416"):
+            return _OutOfRange(where)
+        tail = f" ({attempts} tries in {seconds:.1f} s)" if attempts > 1 else ""
+        return StorageError(self._redact(f"{where}: {fault.reason}; endpoint {self.endpoint}{tail}"))
+
+    def _reason_of_refusal(self, key: str, fault: Fault) -> Fault:
+        """A HEAD answer has no body to say why it was refused; the same GET has."""
+        try:
+            self._client.get_object(**self._at(key), Range="bytes=0-0")["Body"].close()
+        except REQUEST_ERRORS as error:
+            reason = explain(error)
+            return reason if reason.code and not reason.missing else fault
+        return fault
+
+    def _bucket_is_missing(self) -> bool:
+        """A HEAD of an object answers 404 for a missing bucket too."""
+        try:
+            self._client.head_bucket(Bucket=self.bucket)
+        except REQUEST_ERRORS as error:
+            return explain(error).code in ("404", "NoSuchBucket")
+        return False
+
+    def _redact(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+class _OutOfRange(StorageError):
+    """A range that begins at or beyond the end of the object."""

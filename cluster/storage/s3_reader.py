@@ -1,0 +1,88 @@
+"""A seekable reader of one S3 object that survives broken connections."""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+from cluster.storage.api import ObjectInfo
+from cluster.storage.s3_errors import REQUEST_ERRORS, explain
+from colbert_core.errors import StorageError
+
+if TYPE_CHECKING:
+    from cluster.storage.s3 import S3Store
+
+
+class S3Reader(io.RawIOBase):
+    """Reads an object front to back over one connection, and goes on where it broke off.
+
+    Every request names the etag that the object had when it was opened, so that an object replaced
+    meanwhile is an error and never a mixture.
+    """
+
+    def __init__(self, store: S3Store, info: ObjectInfo) -> None:
+        super().__init__()
+        self._store = store
+        self._info = info
+        self._position = 0
+        self._body: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size}[whence]
+        target = start + offset
+        if target < 0:
+            raise ValueError(f"seek to {target}, before the start of {self._info.key!r}")
+        if target != self._position:
+            self._drop()
+            self._position = target
+        return target
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._info.size - self._position)
+        if wanted <= 0:
+            return 0
+        begin = time.monotonic()
+        attempt = 0
+        while True:
+            try:
+                if self._body is None:
+                    self._body = self._store.stream(self._info.key, self._position, self._info.etag)
+                chunk = self._body.read(wanted)
+                if not chunk:
+                    raise ConnectionError("the body ended early")
+            except REQUEST_ERRORS as error:
+                fault = explain(error)
+                self._drop()
+                pause = random.uniform(0.5, 1.0) * min(5.0, 0.1 * 2**attempt)
+                waited = time.monotonic() - begin
+                if not fault.transient or waited + pause > self._store.config.request_timeout_s:
+                    raise StorageError(
+                        f"read of {self._info.key!r} in {self._store.uri} at byte {self._position}: "
+                        f"{fault.reason} ({attempt + 1} tries in {waited:.1f} s)"
+                    ) from None
+                attempt += 1
+                time.sleep(pause)
+            else:
+                buffer[: len(chunk)] = chunk
+                self._position += len(chunk)
+                return len(chunk)
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _drop(self) -> None:
+        if self._body is not None:
+            self._body.close()
+            self._body = None
