@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.s3_server import S3Server
 
 os.environ.update(
+    S3Server.environment(),
+    AWS_EC2_METADATA_DISABLED="true",
     RAY_AUTH_MODE="disabled",
     RAY_TRAIN_V2_ENABLED="1",
     OMP_NUM_THREADS="1",
@@ -15,3 +22,13 @@ os.environ.update(
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server for the whole test session; its credentials are in the environment."""
+    server = S3Server().start()
+    try:
+        yield server
+    finally:
+        server.stop()

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import shutil
 import signal
 import socket
@@ -67,6 +67,7 @@ class S3Server:
             f"-volume.port={volume}",
             f"-filer.port={filer}",
             "-master.volumeSizeLimitMB=64",
+            "-master.electionTimeout=1s",
             "-volume.max=100",
             "-s3",
             f"-s3.port={s3}",
@@ -155,15 +156,13 @@ def _weed() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Free ports whose number plus 10000, where SeaweedFS puts its gRPC services, is free as well."""
-    generator = int.from_bytes(os.urandom(2), "big")
-    found: list[int] = []
-    port = 20_000 + generator % 20_000
-    while len(found) < count:
-        port = 20_000 + (port + 7 - 20_000) % 20_000
-        if _is_free(port) and _is_free(port + 10_000):
-            found.append(port)
-    return found
+    """Free ports whose number plus 10000, where SeaweedFS puts its gRPC services, is free as well.
+
+    All of them lie below the range that the kernel gives to outgoing connections.
+    """
+    candidates = random.SystemRandom().sample(range(20_000, 22_700), 400)
+    free = [port for port in candidates if _is_free(port) and _is_free(port + 10_000)]
+    return free[:count]
 
 
 def _is_free(port: int) -> bool:
