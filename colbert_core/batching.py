@@ -27,7 +27,7 @@ class PaddedBatch:
         input_ids: int64 ``[n, length]``.
         attention_mask: int64 ``[n, length]``.
         score: bool ``[n, length]``, the positions that yield vectors.
-        rows: int64 ``[score.sum()]``, where those vectors belong in the flat result.
+        rows: int64 ``[score.sum()]`` on the CPU, where those vectors belong in the flat result.
     """
 
     texts: NDArray[np.int64]
@@ -47,15 +47,17 @@ class TokenBudgetBatches:
         batch: the tokenised texts.
         token_budget: most tokens of a padded batch; a longer text is run alone.
         pad_id: the id that fills up the rows.
+        device: where the batches are wanted.
 
     Attributes:
         lengths: int64 ``[n]``, vectors that each text yields.
         padding_fraction: padding tokens as a share of all tokens run, 0 to 1.
     """
 
-    def __init__(self, batch: TokenBatch, token_budget: int, pad_id: int) -> None:
+    def __init__(self, batch: TokenBatch, token_budget: int, pad_id: int, device: torch.device) -> None:
         self._batch = batch
         self._pad_id = pad_id
+        self._device = device
         tokens = np.asarray([len(ids) for ids in batch.ids], dtype=np.int64)
         vectors = np.asarray([int(score.sum()) for score in batch.score], dtype=np.int64)
         self.lengths = torch.from_numpy(vectors)
@@ -95,8 +97,8 @@ class TokenBudgetBatches:
         rows = np.concatenate([np.arange(self._starts[i], self._starts[i] + self._vectors[i]) for i in group])
         return PaddedBatch(
             texts=group,
-            input_ids=torch.from_numpy(input_ids),
-            attention_mask=torch.from_numpy(attention),
-            score=torch.from_numpy(score),
+            input_ids=torch.from_numpy(input_ids).to(self._device),
+            attention_mask=torch.from_numpy(attention).to(self._device),
+            score=torch.from_numpy(score).to(self._device),
             rows=torch.from_numpy(rows),
         )

@@ -156,6 +156,12 @@ class ColBERT(nn.Module):
         projected = self.projection(self.hidden_states(input_ids, attention_mask))
         return F.normalize(projected.float(), dim=-1)
 
+    def batches(self, batch: TokenBatch, token_budget: int = 16_384) -> TokenBudgetBatches:
+        """Padded batches of similar length, on the model's device."""
+        pad = self.tokenizer.pad_token_id
+        # Padding is not attended to, so any id serves a tokenizer that has none of its own.
+        return TokenBudgetBatches(batch, token_budget, pad if isinstance(pad, int) else 0, self.device)
+
     def encode_tokens(self, batch: TokenBatch, token_budget: int = 16_384) -> RaggedVectors:
         """Vectors of tokenised texts, differentiable if gradients are enabled.
 
@@ -165,11 +171,10 @@ class ColBERT(nn.Module):
         Returns:
             fp32 vectors on the model's device, one per position that ``batch.score`` marks.
         """
-        batches = TokenBudgetBatches(batch, token_budget, self._pad_id())
+        batches = self.batches(batch, token_budget)
         pieces, rows = [], []
         for part in batches:
-            vectors = self(part.input_ids.to(self.device), part.attention_mask.to(self.device))
-            pieces.append(vectors[part.score.to(self.device)])
+            pieces.append(self(part.input_ids, part.attention_mask)[part.score])
             rows.append(part.rows)
         if not pieces:
             empty = torch.zeros(0, self.config.dim, device=self.device)
@@ -229,7 +234,7 @@ class ColBERT(nn.Module):
     def _encode(
         self, batch: TokenBatch, token_budget: int, progress: bool, precision: Precision, what: str
     ) -> RaggedVectors:
-        batches = TokenBudgetBatches(batch, token_budget, self._pad_id())
+        batches = self.batches(batch, token_budget)
         # Written in place batch by batch: the peak is the result plus one batch.
         result = torch.empty(int(batches.lengths.sum()), self.config.dim)
         console = Console(stderr=True)
@@ -237,8 +242,7 @@ class ColBERT(nn.Module):
             for part in track(
                 batches, f"encoding {what}", console=console, disable=not (progress and console.is_terminal)
             ):
-                vectors = self(part.input_ids.to(self.device), part.attention_mask.to(self.device))
-                result[part.rows] = vectors[part.score.to(self.device)].cpu()
+                result[part.rows] = self(part.input_ids, part.attention_mask)[part.score].cpu()
         output = RaggedVectors(result, batches.lengths, batches.padding_fraction)
         if not torch.isfinite(result).all():
             row = int((~torch.isfinite(result).all(dim=1)).nonzero()[0])
@@ -261,10 +265,6 @@ class ColBERT(nn.Module):
         finally:
             if was_training:
                 self.train()
-
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(pad) if pad is not None else 0
 
 
 def add_markers(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ColBERTConfig) -> None:
