@@ -350,6 +350,11 @@ class ServeConfig(FrozenModel):
     deadline_ms: int = Field(2000, ge=1, description="a shard group later than this is reported as missing")
     search: SearchConfig = SearchConfig()
     max_k: int = Field(1000, ge=1)
+    max_queries: int = Field(64, ge=1, description="queries of one request")
+    max_documents: int = Field(1000, ge=1, description="documents of one rerank request")
+    max_text_length: int = Field(20_000, ge=1, description="characters of one query or document")
+    max_body_kb: int = Field(4096, ge=1)
+    max_inflight: int = Field(64, ge=1, description="requests in work at one front; one more gets 429")
     max_batch: int = Field(16, ge=1, description="queries encoded together")
     batch_wait_ms: float = Field(2.0, ge=0)
     api_keys_env: str | None = Field(
@@ -358,6 +363,7 @@ class ServeConfig(FrozenModel):
     poll_alias_s: float = Field(
         10.0, gt=0, description="how often the index alias is looked up for a new version"
     )
+    grace_s: float = Field(60.0, ge=0, description="how long a version stays loaded after it was replaced")
     questions: tuple[str, ...] = Field((), description="asked over HTTP by the pipeline, answers shown")
 
 
