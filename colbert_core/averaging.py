@@ -68,26 +68,8 @@ def average_files(inputs: Sequence[Path], weights: Sequence[float], output: Path
         NonFiniteError: an input holds a NaN or an infinity; the file and the tensor are named.
     """
     _check_weights(len(inputs), weights)
-    # One canonical order: floating-point addition is not associative.
-    order = sorted(range(len(inputs)), key=lambda i: (weights[i], file_sha256(inputs[i])))
-    paths, shares = [inputs[i] for i in order], [float(weights[i]) for i in order]
-    with ExitStack() as stack:
-        files = [stack.enter_context(_opened(path)) for path in paths]
-        specs = _common_specs(files, paths)
-        written = {
-            name: TensorSpec("F32", spec.shape) if spec.dtype in _FLOATS else spec
-            for name, spec in specs.items()
-        }
-        console = Console(stderr=True)
-        progress = stack.enter_context(
-            Progress(console=console, transient=True, disable=not console.is_terminal)
-        )
-        task = progress.add_task(f"averaging {len(inputs)} models", total=len(specs))
-        writer = stack.enter_context(TensorFileWriter(output, written))
-        for name, spec in specs.items():
-            pieces = _mean_pieces if spec.dtype in _FLOATS else _equal_pieces
-            writer.write(name, pieces(name, spec, files, paths, shares))
-            progress.advance(task)
+    order = _canonical_order([file_sha256(path) for path in inputs], weights)
+    _write_mean([inputs[i] for i in order], [weights[i] for i in order], output)
 
 
 def average_models(directories: Sequence[Path], weights: Sequence[float], output: Path) -> None:
@@ -112,14 +94,18 @@ def average_models(directories: Sequence[Path], weights: Sequence[float], output
     if output.exists():
         raise ModelError(f"{output}: exists already; a model is never overwritten")
     names = _common_files(directories)
+    tensor_files = [name for name in names if name.endswith(".safetensors")]
+    # One order for all files of a model: a tensor that two files hold (the projection) stays one tensor.
+    digests = ["".join(file_sha256(folder / name) for name in tensor_files) for folder in directories]
+    order = _canonical_order(digests, weights)
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         for name in names:
             target = staging / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            if target.suffix == ".safetensors":
-                average_files([directory / name for directory in directories], weights, target)
+            if name in tensor_files:
+                _write_mean([directories[i] / name for i in order], [weights[i] for i in order], target)
             else:
                 shutil.copyfile(directories[0] / name, target)
         staging.chmod(0o755)
@@ -180,6 +166,32 @@ def greedy_soup(
         if value > best:
             chosen, best = wider, value
     return Soup(chosen, best, tuple(trials))
+
+
+def _canonical_order(digests: Sequence[str], weights: Sequence[float]) -> list[int]:
+    """An order that follows from the inputs' content: floating-point addition is not associative."""
+    return sorted(range(len(digests)), key=lambda i: (weights[i], digests[i]))
+
+
+def _write_mean(paths: Sequence[Path], weights: Sequence[float], output: Path) -> None:
+    """Averages files, summing in the order given; see :func:`average_files`."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(_opened(path)) for path in paths]
+        specs = _common_specs(files, paths)
+        written = {
+            name: TensorSpec("F32", spec.shape) if spec.dtype in _FLOATS else spec
+            for name, spec in specs.items()
+        }
+        console = Console(stderr=True)
+        progress = stack.enter_context(
+            Progress(console=console, transient=True, disable=not console.is_terminal)
+        )
+        task = progress.add_task(f"averaging {len(paths)} models", total=len(specs))
+        writer = stack.enter_context(TensorFileWriter(output, written))
+        for name, spec in specs.items():
+            pieces = _mean_pieces if spec.dtype in _FLOATS else _equal_pieces
+            writer.write(name, pieces(name, spec, files, paths, weights))
+            progress.advance(task)
 
 
 def _check_weights(inputs: int, weights: Sequence[float]) -> None:

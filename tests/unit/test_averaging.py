@@ -262,6 +262,26 @@ def test_directories_are_averaged_with_all_their_parts(tmp_path):
         average_models([a, b], [3, 1], tmp_path / "out")
 
 
+def test_a_tensor_that_two_files_hold_stays_one_tensor(tmp_path):
+    # Values that cancel, so that a different order of summing gives a different mean.
+    values = [torch.tensor([1e30]), torch.tensor([-1e30]), torch.tensor([1.0])]
+    seen = set()
+    for salt in range(6):  # other bytes beside the tensor, hence other digests and orders
+        directories = []
+        for i, value in enumerate(values):
+            directory = tmp_path / f"{salt}-{i}"
+            noise = torch.tensor([float((i * 7 + salt * 5) % 11)])
+            write(directory / "model.safetensors", shared=value, noise=noise)
+            write(directory / "1_Dense" / "model.safetensors", shared=value)
+            directories.append(directory)
+        out = tmp_path / f"out-{salt}"
+        average_models(directories, [1, 1, 1], out)
+        copies = [load_file(path)["shared"].item() for path in out.rglob("*.safetensors")]
+        assert copies[0] == copies[1]
+        seen.add(copies[0])
+    assert len(seen) > 1  # the orders did differ between the salts
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

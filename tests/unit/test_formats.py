@@ -1,0 +1,437 @@
+"""Round trips through every layout, foreign directories built by hand, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+
+from colbert_core.config import ColBERTConfig
+from colbert_core.encoder import ColBERT
+from colbert_core.errors import ConfigError, DimensionError, ModelError, SchemaVersionError
+from colbert_core.formats import detect_layout, load_model, save_model
+from tests.tiny_models import tiny_bert_dir, tiny_japanese_dir, tiny_modernbert_dir, tiny_xlmr_dir
+
+BASES = {
+    "bert": tiny_bert_dir,
+    "japanese": tiny_japanese_dir,
+    "xlmr": tiny_xlmr_dir,
+    "modernbert": tiny_modernbert_dir,
+}
+TEXTS = ["日本の天気!", "the cat, the river", "tokyo"]
+
+
+def config(base: str, **values: object) -> ColBERTConfig:
+    """The markers are in the vocabulary of the BERTs and new to the others."""
+    markers = {} if base in ("bert", "japanese") else {"query_marker": "[Q]", "document_marker": "[D]"}
+    return ColBERTConfig(**({"dim": 8, "document_length": 64} | markers | values))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Callable[[str], ColBERT]:
+    made: dict[str, ColBERT] = {}
+
+    def model(base: str) -> ColBERT:
+        if base not in made:
+            directory = BASES[base](tmp_path_factory.mktemp(base))
+            made[base] = ColBERT.create(directory, config(base), seed=1)
+        return made[base]
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(models, tmp_path_factory) -> Path:
+    """The tiny BERT, saved in both layouts; tests copy it before they change it."""
+    directory = tmp_path_factory.mktemp("saved") / "model"
+    save_model(models("bert"), directory)
+    return directory
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def same_vectors(one: ColBERT, other: ColBERT) -> None:
+    for encode in ("encode_queries", "encode_documents"):
+        a, b = getattr(one, encode)(TEXTS), getattr(other, encode)(TEXTS)
+        assert torch.equal(a.vectors, b.vectors) and torch.equal(a.lengths, b.lengths)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def edit(path: Path, **changes: object) -> None:
+    """Changes keys of a JSON file; the value ``...`` removes a key."""
+    tree = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in tree.items() if value is not ...}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+@pytest.mark.parametrize("layouts", [("pylate", "stanford"), ("pylate",), ("stanford",)], ids=str)
+@pytest.mark.parametrize("base", BASES)
+def test_a_round_trip_changes_no_bit(models, tmp_path, base, layouts):
+    model = models(base)
+    save_model(model, tmp_path / "a", layouts=layouts)
+    loaded = load_model(tmp_path / "a")
+    assert loaded.config == model.config
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    same_vectors(model, loaded)
+    # Saving what was loaded gives the same files: averaging compares them byte by byte.
+    save_model(loaded, tmp_path / "b", layouts=layouts)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_the_model_is_saved_in_fp32_and_left_as_it_is(saved, models, tmp_path):
+    half = load_model(saved).to(torch.bfloat16)
+    save_model(half, tmp_path / "half")
+    assert half.projection.weight.dtype == torch.bfloat16
+    for path in (tmp_path / "half").rglob("*.safetensors"):
+        assert {t.dtype for t in load_file(path).values()} == {torch.float32}
+
+
+def test_one_directory_is_seen_by_all_three_readers(saved, models):
+    model = models("bert")
+    weights = load_file(saved / "model.safetensors")
+    # Stanford: the class HF_ColBERT has the attributes `bert` and `linear`.
+    assert {key.partition(".")[0] for key in weights} == {"bert", "linear"}
+    assert torch.equal(weights["linear.weight"], model.projection.weight)
+    assert json.loads((saved / "config.json").read_text())["architectures"] == ["HF_ColBERT"]
+    metadata = json.loads((saved / "artifact.metadata").read_text())
+    assert (
+        metadata["query_token_id"] == "[unused0]" and metadata["dim"] == 8 and metadata["model_name"] is None
+    )
+    # PyLate: AutoModel at the root, the projection in 1_Dense.
+    backbone, report = AutoModel.from_pretrained(saved, output_loading_info=True)
+    assert not report["missing_keys"] and set(report["unexpected_keys"]) == {"linear.weight"}
+    for key, value in model.backbone.state_dict().items():
+        assert torch.equal(backbone.state_dict()[key], value)
+    dense = load_file(saved / "1_Dense" / "model.safetensors")
+    assert torch.equal(dense["linear.weight"], model.projection.weight)
+    settings = json.loads((saved / "config_sentence_transformers.json").read_text())
+    assert settings["query_prefix"] == "[unused0]" and settings["query_length"] == 32
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_pylates_lookup_of_the_skiplist_gives_our_ids(models, tmp_path, base):
+    model = models(base)
+    save_model(model, tmp_path / "m")
+    words = json.loads((tmp_path / "m" / "config_sentence_transformers.json").read_text())["skiplist_words"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert sorted(tokenizer.convert_tokens_to_ids(word) for word in words) == model.text.skip_ids.tolist()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_tokenizer_files_do_not_remember_their_origin(models, tmp_path, base):
+    save_model(models(base), tmp_path / "m")
+    tree = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert not {"is_local", "name_or_path"} & tree.keys()
+    # Names that transformers 4 does not know.
+    assert "extra_special_tokens" not in tree and tree["tokenizer_class"] != "TokenizersBackend"
+
+
+def test_the_japanese_tokenizer_keeps_its_word_splitter(models, tmp_path):
+    save_model(models("japanese"), tmp_path / "m")
+    assert (tmp_path / "m" / "vocab.txt").is_file()
+    loaded = load_model(tmp_path / "m").tokenizer
+    assert type(loaded).__name__ == "BertJapaneseTokenizer"
+    assert loaded.mecab_kwargs == {"mecab_dic": "unidic_lite"} and loaded.word_tokenizer_type == "mecab"
+    text = "東京大学で日本語の検索を研究する。"
+    assert loaded.tokenize(text) == models("japanese").tokenizer.tokenize(text)
+
+
+def test_without_our_file_the_pylate_view_gives_the_same_vectors(models, copied):
+    (copied / "raycolbert.json").unlink()
+    assert detect_layout(copied) == "pylate"
+    loaded = load_model(copied)
+    fixed = models("bert").config.model_copy(update={"query_length_rule": "fixed"})
+    assert loaded.config == fixed
+    same_vectors(loaded, load_model(copied, overrides=fixed))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_without_modules_the_stanford_view_gives_the_same_vectors(models, copied, nested):
+    (copied / "raycolbert.json").unlink()
+    (copied / "modules.json").unlink()
+    metadata = copied / "artifact.metadata"
+    if nested:
+        metadata.write_text(json.dumps({"config": json.loads(metadata.read_text()), "ver": 1}))
+    assert detect_layout(copied) == "stanford"
+    loaded = load_model(copied)
+    assert loaded.config == models("bert").config.model_copy(update={"query_length_rule": "fixed"})
+    assert torch.equal(loaded.encode_documents(TEXTS).vectors, models("bert").encode_documents(TEXTS).vectors)
+
+
+def test_stanford_settings_are_mapped_and_defaults_are_the_reference_codes(copied):
+    (copied / "raycolbert.json").unlink()
+    (copied / "modules.json").unlink()
+    path = copied / "artifact.metadata"
+    path.write_text(json.dumps({"model_name": None, "lr": 1e-5, "doc_token_id": 6}))
+    settings = load_model(copied).config
+    assert settings == ColBERTConfig(
+        dim=8, query_length=32, document_length=220, query_length_rule="fixed", document_marker="[unused1]"
+    )
+    path.write_text(
+        json.dumps(
+            {
+                "query_token_id": "[unused3]",
+                "doc_maxlen": 300,
+                "query_maxlen": 24,
+                "mask_punctuation": False,
+                "attend_to_mask_tokens": True,
+                "dynamic_query_maxlen": True,
+                "dynamic_querylen_multiples": 16,
+            }
+        )
+    )
+    settings = load_model(copied).config
+    assert (settings.query_marker, settings.query_length, settings.document_length) == ("[unused3]", 24, 300)
+    assert (settings.query_length_rule, settings.query_length_multiple) == ("released", 16)
+    assert not settings.skip_punctuation and settings.attend_to_expansion
+
+
+def as_pylate(directory: Path) -> Path:
+    (directory / "raycolbert.json").unlink()
+    (directory / "artifact.metadata").unlink()
+    weights = load_file(directory / "model.safetensors")
+    del weights["linear.weight"]
+    save_file(
+        {key.removeprefix("bert."): value for key, value in weights.items()}, directory / "model.safetensors"
+    )
+    return directory
+
+
+def test_stacked_and_residual_dense_layers_fold_into_one(models, copied):
+    directory = as_pylate(copied)
+    generator = torch.Generator().manual_seed(3)
+    first, second = torch.randn(32, 32, generator=generator), torch.randn(8, 32, generator=generator)
+    shortcut = torch.randn(8, 32, generator=generator)
+    layers = [
+        ({"linear.weight": first}, True),
+        ({"linear.weight": second, "residual.weight": shortcut}, True),
+    ]
+    modules = json.loads((directory / "modules.json").read_text())[:1]
+    for i, (tensors, residual) in enumerate(layers, start=1):
+        folder = directory / f"{i}_Dense"
+        folder.mkdir(exist_ok=True)
+        save_file(tensors, folder / "model.safetensors")
+        rows, columns = tensors["linear.weight"].shape
+        values = {"in_features": columns, "out_features": rows, "bias": False, "use_residual": residual}
+        values["activation_function"] = "torch.nn.modules.linear.Identity"
+        (folder / "config.json").write_text(json.dumps(values))
+        modules.append({"idx": i, "name": str(i), "path": folder.name, "type": "pylate.models.Dense.Dense"})
+    (directory / "modules.json").write_text(json.dumps(modules))
+    loaded = load_model(directory)
+    states = torch.randn(5, 32, generator=generator)
+    hidden = states @ first.T + states
+    torch.testing.assert_close(loaded.projection(states), hidden @ second.T + hidden @ shortcut.T)
+    assert loaded.config.dim == 8
+
+
+def test_a_sentence_transformers_6_directory_is_read(models, copied):
+    directory = as_pylate(copied)
+    kinds = ["base.modules.transformer.Transformer", "base.modules.dense.Dense"]
+    kinds += [
+        "multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
+        "base.modules.normalize.Normalize",
+    ]
+    paths = ["", "1_Dense", "2_MultiVectorMask", "3_Normalize"]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+        for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "2_MultiVectorMask").mkdir()
+    (directory / "2_MultiVectorMask" / "config.json").write_text(json.dumps({"skiplist_words": ["!", "?"]}))
+    expansion = {"strategy": "fixed", "attend": True, "length": 24}
+    (directory / "sentence_bert_config.json").write_text(
+        json.dumps({"query_expansion": expansion, "document_length": 99})
+    )
+    (directory / "config_sentence_transformers.json").write_text(
+        json.dumps({"model_type": "MultiVectorEncoder", "similarity_fn_name": "maxsim",
+                    "prompts": {"query": "[unused2] ", "document": "[unused1] "}})
+    )  # fmt: skip
+    settings = load_model(directory).config
+    assert settings.query_marker == "[unused2]" and settings.document_marker == "[unused1]"
+    assert (settings.query_length, settings.document_length) == (24, 99)
+    assert settings.attend_to_expansion and settings.expand_queries and settings.skip_punctuation
+    edit(
+        directory / "config_sentence_transformers.json", prompts={"query": "query: ", "document": "[unused1]"}
+    )
+    with pytest.raises(ModelError, match=r"the query prefix 'query: ' is not one token"):
+        load_model(directory)
+    edit(directory / "sentence_bert_config.json", query_expansion={"strategy": "min", "length": 24})
+    with pytest.raises(ModelError, match="only the strategy 'fixed'"):
+        load_model(directory)
+
+
+def test_overrides_replace_the_stored_config(saved):
+    given = ColBERTConfig(dim=8, document_length=40, query_length_rule="released", skip_punctuation=False)
+    assert load_model(saved, overrides=given).config == given
+    with pytest.raises(DimensionError):
+        load_model(saved, overrides=ColBERTConfig(dim=16))
+
+
+def test_weights_without_a_pooler_load_and_save_without_one(models, copied, tmp_path):
+    path = copied / "model.safetensors"
+    weights = {key: value for key, value in load_file(path).items() if ".pooler." not in key}
+    save_file(weights, path)
+    loaded = load_model(copied)
+    same_vectors(loaded, models("bert"))
+    save_model(loaded, tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == weights.keys()
+
+
+def test_sharded_weights_are_read(models, copied):
+    path = copied / "model.safetensors"
+    weights = load_file(path)
+    path.unlink()
+    names = sorted(weights)
+    index = {}
+    for i, part in enumerate((names[:10], names[10:])):
+        save_file({key: weights[key] for key in part}, copied / f"model-{i}.safetensors")
+        index |= dict.fromkeys(part, f"model-{i}.safetensors")
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    same_vectors(load_model(copied), models("bert"))
+
+
+def change_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors")
+
+
+NORM = "bert.embeddings.LayerNorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+            "pickled weights are never loaded",
+        ),
+        (lambda d: (d / "model.safetensors").unlink(), r"model\.safetensors: missing"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"12345678"), "not readable as safetensors"),
+        (lambda d: change_weights(d, lambda w: w.pop(NORM)), r"missing embeddings\.LayerNorm\.weight"),
+        (
+            lambda d: change_weights(d, lambda w: w.update({NORM: torch.ones(3)})),
+            r"LayerNorm\.weight is \[3\], the config says \[32\]",
+        ),
+        (lambda d: change_weights(d, lambda w: w.update({"bert.extra": torch.ones(3)})), "unknown extra"),
+        (
+            lambda d: change_weights(d, lambda w: w.update({"linear.weight": torch.ones(8, 32)})),
+            "is not the projection that modules.json leads to",
+        ),
+        (lambda d: (d / "1_Dense" / "model.safetensors").unlink(), r"1_Dense/model\.safetensors: missing"),
+        (
+            lambda d: save_file({"weight": torch.ones(8, 32)}, d / "1_Dense" / "model.safetensors"),
+            "no linear.weight; there are: weight",
+        ),
+        (
+            lambda d: edit(d / "1_Dense" / "config.json", out_features=9),
+            r"linear\.weight is \[8, 32\], config\.json says \[9, 32\]",
+        ),
+        (
+            lambda d: edit(
+                d / "1_Dense" / "config.json", activation_function="torch.nn.modules.activation.Tanh"
+            ),
+            "is not the identity",
+        ),
+        (lambda d: (d / "config.json").unlink(), r"config\.json: missing"),
+        (
+            lambda d: edit(d / "config.json", model_type="no-such-model"),
+            "not an encoder that transformers knows",
+        ),
+        (lambda d: edit(d / "config.json", vocab_size=7), "word_embeddings.weight is"),
+        (lambda d: [p.unlink() for p in d.glob("tokenizer*")], "no tokenizer.json"),
+        (lambda d: (d / "raycolbert.json").write_text("{"), r"raycolbert\.json: not readable as JSON"),
+        (
+            lambda d: edit(d / "raycolbert.json", colbert={"dim": 8, "query_length": 1}),
+            r"raycolbert\.json: query_length: ",
+        ),
+        (
+            lambda d: edit(d / "raycolbert.json", colbert={"dim": 9}),
+            "dim is 9, but the projection has 8 rows",
+        ),
+        (lambda d: edit(d / "raycolbert.json", colbert=...), "'schema_version' and 'colbert' are expected"),
+    ],
+)
+def test_damage_is_named(copied, damage, message):
+    damage(copied)
+    with pytest.raises(ModelError, match=message):
+        load_model(copied)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("similarity_fn_name", "cosine", "only MaxSim is supported"),
+        ("query_prefix", "[unused0] [unused2]", "the query prefix .* is not one token"),
+        ("skiplist_words", ["!", "the"], "skiplist_words holds the"),
+        ("query_length", "many", r"modules\.json: query_length"),
+    ],
+)
+def test_pylate_settings_that_cannot_be_kept_are_refused(copied, key, value, message):
+    edit(as_pylate(copied) / "config_sentence_transformers.json", **{key: value})
+    with pytest.raises(ModelError, match=message):
+        load_model(copied)
+
+
+@pytest.mark.parametrize(("key", "value"), [("similarity", "l2"), ("interaction", "flipr"), ("dim", 9)])
+def test_stanford_settings_that_cannot_be_kept_are_refused(copied, key, value):
+    (copied / "raycolbert.json").unlink()
+    (copied / "modules.json").unlink()
+    edit(copied / "artifact.metadata", **{key: value})
+    with pytest.raises(ModelError, match=rf"artifact\.metadata: {key} is"):
+        load_model(copied)
+
+
+def test_a_module_outside_the_directory_is_refused(copied):
+    modules = json.loads((copied / "modules.json").read_text())
+    modules[1]["path"] = "../elsewhere"
+    (copied / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelError, match="leads out of the directory"):
+        load_model(copied)
+
+
+def test_a_newer_schema_asks_for_an_upgrade(copied):
+    edit(copied / "raycolbert.json", schema_version=2)
+    with pytest.raises(SchemaVersionError, match="upgrade raycolbert"):
+        load_model(copied)
+
+
+def test_a_plain_backbone_and_an_empty_directory_are_told_apart(tmp_path):
+    with pytest.raises(ModelError, match="a backbone without a projection"):
+        load_model(tiny_bert_dir(tmp_path / "base"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(ModelError, match="no such model directory"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="neither a directory nor a model of the hub"):
+        load_model("no-such-owner/no-such-model")
+
+
+def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(models, saved, tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="never overwritten"):
+        save_model(models("bert"), saved)
+    with pytest.raises(ConfigError, match="layouts"):
+        save_model(models("bert"), tmp_path / "x", layouts=())
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(
+        "colbert_core.formats.write_pylate", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        save_model(models("bert"), tmp_path / "empty")
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"] and not list((tmp_path / "empty").iterdir())
