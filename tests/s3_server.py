@@ -28,6 +28,14 @@ from cluster.config import StorageConfig
 ACCESS_KEY = "AKTESTRAYCOLBERT"
 SECRET_KEY = "SKTEST-never-in-any-log-1234567890"
 
+# Asks the kernel to kill the server when the test process ends, however it ends; 1 is PR_SET_PDEATHSIG.
+_LAUNCH = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 
 class S3Server:
     """One SeaweedFS process with its data in a temporary directory.
@@ -58,6 +66,7 @@ class S3Server:
         config = self.directory / "s3.json"
         config.write_text(json.dumps({"identities": [identity]}))
         command = [
+            *(sys.executable, "-c", _LAUNCH),
             _weed(),
             "server",
             f"-dir={self.directory / 'data'}",
@@ -76,9 +85,7 @@ class S3Server:
             f"-s3.config={config}",
         ]
         log = (self.directory / "weed.log").open("ab")
-        self._process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=self.directory, start_new_session=True
-        )
+        self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.directory)
         log.close()
         self._wait()
         return self

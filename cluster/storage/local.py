@@ -144,7 +144,7 @@ class LocalStore(ObjectStore):
             raise ValueError("if_absent and if_match exclude each other")
         with self._explained(operation, key):
             target = self._path(key)
-            if if_absent and target.exists():
+            if if_absent and target.is_file():
                 raise FileExistsError
             writing = self.root / RESERVED / "writing"
             writing.mkdir(parents=True, exist_ok=True)
@@ -238,6 +238,9 @@ def _place(temporary: Path, target: Path, *, exclusive: bool) -> None:
         except (FileExistsError, NotADirectoryError):
             raise StorageError(f"cannot write {target}: another object lies above this key") from None
         if target.is_dir():
+            with suppress(OSError):
+                target.rmdir()
+                continue
             raise IsADirectoryError
         try:
             if exclusive:

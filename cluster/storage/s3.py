@@ -139,11 +139,15 @@ class S3Store(ObjectStore):
         return ObjectInfo(key, answer["ContentLength"], answer["ETag"], answer["LastModified"])
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        found = []
         for page in self._pages(prefix, {}):
             for item in page.get("Contents", ()):
                 key = self._relative(item["Key"])
                 if key and not key.endswith("/"):
-                    yield ObjectInfo(key, item["Size"], item["ETag"], item["LastModified"])
+                    found.append(ObjectInfo(key, item["Size"], item["ETag"], item["LastModified"]))
+        # Not every server lists in byte order (SeaweedFS goes folder by folder).
+        found.sort(key=lambda info: info.key.encode())
+        yield from found
 
     def list_folders(self, prefix: str = "") -> Sequence[str]:
         found = []
