@@ -1,0 +1,292 @@
+"""Scorers over vectors: bi-encoders, MaxSim of raw token states, and ColBERT models."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cluster.config import BiEncoderScorer, TokenMaxSimScorer
+from cluster.scorers.api import Candidates, Scorer, Scores, query_texts
+from cluster.scorers.progress import progress
+from cluster.sources import LabelledSource
+from colbert_core.batching import TokenBudgetBatches
+from colbert_core.encoder import ColBERT, Precision
+from colbert_core.errors import ConfigError, ModelError
+from colbert_core.exact import Ranking, exact_pair_scores, exact_search
+from colbert_core.pretrained import resolve_base
+from colbert_core.text import TokenBatch
+from colbert_core.vectors import RaggedVectors
+
+TOKEN_BUDGET = 16_384
+# Documents whose vectors are made and held together.
+_BLOCK = 1024
+# Share of the machine's memory that one scorer's cache of vectors may take.
+_CACHE_SHARE = 1 / 8
+
+Pooling = Literal["mean", "cls", "tokens"]
+
+
+class TextEncoder(Protocol):
+    """Texts to vectors of length 1, on the CPU: one per text, or one per token."""
+
+    def queries(self, texts: Sequence[str]) -> RaggedVectors: ...
+
+    def documents(self, texts: Sequence[str]) -> RaggedVectors: ...
+
+    def truncated(self) -> tuple[int, int]:
+        """Queries and documents so far whose end was cut off."""
+        ...
+
+
+class VectorScorer(Scorer):
+    """MaxSim over an encoder's vectors; with one vector per text, that is the cosine.
+
+    A text is encoded once as long as its vectors fit into the cache: a share of the machine's memory.
+    """
+
+    def __init__(self, name: str, source: LabelledSource | None, encoder: TextEncoder) -> None:
+        super().__init__(name, source)
+        self._encoder = encoder
+        limit = int(psutil.virtual_memory().total * _CACHE_SHARE)
+        self._queries = VectorCache(encoder.queries, limit // 8)
+        self._documents = VectorCache(encoder.documents, limit)
+
+    def score_candidates(self, candidates: Candidates) -> Scores:
+        numbers: dict[str, int] = {}
+        for texts in candidates.documents:
+            for text in texts:
+                numbers.setdefault(text, len(numbers))
+        counts = [len(texts) for texts in candidates.documents]
+        document_of = np.asarray(
+            [numbers[text] for texts in candidates.documents for text in texts], dtype=np.int64
+        )
+        query_of = np.repeat(np.arange(len(counts)), counts)
+        scores = np.empty(len(document_of), dtype=np.float32)
+        queries = self._queries.vectors(candidates.queries)
+        unique = list(numbers)
+        for first in range(0, len(unique), _BLOCK):
+            block = self._documents.vectors(unique[first : first + _BLOCK])
+            here = (document_of >= first) & (document_of < first + _BLOCK)
+            scores[here] = exact_pair_scores(queries, block, query_of[here], document_of[here] - first)
+        return np.split(scores, np.cumsum(counts)[:-1]) if counts else []
+
+    def search(self, query_ids: Sequence[str], depth: int) -> Ranking:
+        source = self.require_source()
+        queries = self._queries.vectors(query_texts(source, query_ids))
+        return exact_search(queries, list(source.corpus), self._blocks(list(source.corpus.values())), depth)
+
+    def statistics(self) -> dict[str, float]:
+        queries, documents = self._encoder.truncated()
+        return {"truncated_queries": queries, "truncated_documents": documents}
+
+    def _blocks(self, texts: Sequence[str]) -> Iterator[RaggedVectors]:
+        with progress() as bar:
+            task = bar.add_task(f"{self.name}: searching documents", total=len(texts))
+            for first in range(0, len(texts), _BLOCK):
+                yield self._documents.vectors(texts[first : first + _BLOCK])
+                bar.update(task, completed=min(first + _BLOCK, len(texts)))
+
+
+class VectorCache:
+    """Encodes texts and keeps the most recently used vectors.
+
+    Args:
+        encode: makes the vectors of texts.
+        limit: bytes of vectors kept.
+    """
+
+    def __init__(self, encode: Callable[[Sequence[str]], RaggedVectors], limit: int) -> None:
+        self._encode = encode
+        self._limit = limit
+        self._size = 0
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def vectors(self, texts: Sequence[str]) -> RaggedVectors:
+        """The vectors of each text; a text that is not kept is encoded, once even if given twice."""
+        new = list(dict.fromkeys(text for text in texts if text not in self._kept))
+        fresh: dict[str, Tensor] = {}
+        if new:
+            encoded = self._encode(new)
+            if new == list(texts):
+                self._keep(dict(zip(new, encoded, strict=True)))
+                return encoded
+            fresh = dict(zip(new, encoded, strict=True))
+        parts = []
+        for text in texts:
+            if text in self._kept:
+                self._kept.move_to_end(text)
+            parts.append(fresh[text] if text in fresh else self._kept[text])
+        self._keep(fresh)
+        if not parts:
+            return self._encode([])
+        return RaggedVectors(torch.cat(parts), torch.tensor([len(part) for part in parts]))
+
+    def _keep(self, fresh: dict[str, Tensor]) -> None:
+        for text, vectors in fresh.items():
+            size = vectors.nbytes
+            if size > self._limit:
+                continue
+            # A view would keep the whole batch alive.
+            self._kept[text] = vectors.clone()
+            self._size += size
+            while self._size > self._limit:
+                self._size -= self._kept.popitem(last=False)[1].nbytes
+
+
+class ColBERTEncoder:
+    """A ColBERT model as :class:`TextEncoder`."""
+
+    def __init__(self, model: ColBERT) -> None:
+        self.model = model.to(best_device()).eval()
+        self._precision: Precision = "bf16" if bf16_is_fast(model.device) else "fp32"
+
+    def queries(self, texts: Sequence[str]) -> RaggedVectors:
+        return self.model.encode_queries(texts, token_budget=TOKEN_BUDGET, precision=self._precision)
+
+    def documents(self, texts: Sequence[str]) -> RaggedVectors:
+        return self.model.encode_documents(texts, token_budget=TOKEN_BUDGET, precision=self._precision)
+
+    def truncated(self) -> tuple[int, int]:
+        count = self.model.text.truncation
+        return count.truncated_queries, count.truncated_documents
+
+
+@dataclass
+class PooledEncoder:
+    """A Hugging Face encoder, pooled to one vector per text or left as one per token.
+
+    Attributes:
+        model: the encoder.
+        tokenizer: its tokenizer.
+        pooling: ``mean`` over all real tokens, ``cls`` (the first token), or ``tokens``.
+        query_prefix, document_prefix: put in front of each text.
+        max_length: tokens of a text, specials included; the rest is cut and counted.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pooling: Pooling
+    query_prefix: str
+    document_prefix: str
+    max_length: int
+
+    def __post_init__(self) -> None:
+        self._truncated = [0, 0]
+        self._autocast = bf16_is_fast(self.model.device)
+
+    @classmethod
+    def load(cls, config: BiEncoderScorer | TokenMaxSimScorer) -> PooledEncoder:
+        """Loads what a scorer's config names.
+
+        Raises:
+            ModelError: there is no encoder to be loaded.
+            ConfigError: ``max_length`` exceeds the positions that the encoder has.
+        """
+        base = resolve_base(config.model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(base)
+            model = AutoModel.from_pretrained(base, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{config.model}: no encoder and tokenizer to be loaded: {error}") from error
+        check_positions(model, config.max_length, config.model)
+        return cls(
+            model.to(best_device()).eval(),
+            tokenizer,
+            config.pooling if isinstance(config, BiEncoderScorer) else "tokens",
+            config.query_prefix,
+            config.document_prefix,
+            config.max_length,
+        )
+
+    def queries(self, texts: Sequence[str]) -> RaggedVectors:
+        return self._encode([self.query_prefix + text for text in texts], 0)
+
+    def documents(self, texts: Sequence[str]) -> RaggedVectors:
+        return self._encode([self.document_prefix + text for text in texts], 1)
+
+    def truncated(self) -> tuple[int, int]:
+        return self._truncated[0], self._truncated[1]
+
+    @torch.no_grad()
+    def _encode(self, texts: list[str], side: int) -> RaggedVectors:
+        ids, cut = tokenized(self.tokenizer, texts, self.max_length)
+        self._truncated[side] += cut
+        pad = self.tokenizer.pad_token_id or 0
+        batches = TokenBudgetBatches(whole_batch(ids), TOKEN_BUDGET, pad)
+        device, width = self.model.device, int(self.model.config.hidden_size)
+        total = int(batches.lengths.sum()) if self.pooling == "tokens" else len(texts)
+        result = torch.empty(total, width)
+        for part in batches:
+            mask = part.attention_mask.to(device)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._autocast):
+                output = self.model(input_ids=part.input_ids.to(device), attention_mask=mask)
+            states = output.last_hidden_state.float()
+            if self.pooling == "tokens":
+                result[part.rows] = F.normalize(states[part.score.to(device)], dim=-1).cpu()
+                continue
+            if self.pooling == "mean":
+                pooled = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+            else:
+                pooled = states[:, 0]
+            result[torch.from_numpy(part.texts)] = F.normalize(pooled, dim=-1).cpu()
+        lengths = batches.lengths if self.pooling == "tokens" else torch.ones(len(texts), dtype=torch.int64)
+        return RaggedVectors(result, lengths)
+
+
+def tokenized(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
+) -> tuple[list[NDArray[np.int32]], int]:
+    """Token ids with specials, cut to ``max_length``; and how many texts were cut."""
+    if not texts:
+        return [], 0
+    ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    long = [i for i, row in enumerate(ids) if len(row) > max_length]
+    if long:
+        cut = tokenizer([texts[i] for i in long], truncation=True, max_length=max_length)["input_ids"]
+        for i, row in zip(long, cut, strict=True):
+            ids[i] = row
+    return [np.asarray(row, dtype=np.int32) for row in ids], len(long)
+
+
+def whole_batch(ids: list[NDArray[np.int32]]) -> TokenBatch:
+    """A batch in which every token is attended to and yields a vector."""
+    ones = [np.ones(len(row), dtype=np.bool_) for row in ids]
+    return TokenBatch(ids, ones, ones)
+
+
+def check_positions(model: PreTrainedModel, max_length: int, origin: str) -> None:
+    """Refuses a length that the model has no positions for.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa and its kin keep the first rows for padding.
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
+            positions = module.num_embeddings - reserved
+    if positions is not None and 0 < positions < max_length:
+        raise ConfigError(f"max_length is {max_length}, but {origin} has {positions} positions")
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 products run on hardware made for them; elsewhere they are slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(bool(found.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
