@@ -30,7 +30,7 @@ from colbert_core.errors import ConfigError, ModelError, NonFiniteError
 from colbert_core.tensor_files import TensorFileWriter, TensorSpec, file_sha256
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_ELEMENTS_PER_PIECE = 1 << 21  # 16 MB of float64
+_ELEMENTS_PER_PIECE = 1 << 19  # 4 MB of float64
 _SHOWN_DIFFERENCES = 6
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -236,29 +236,42 @@ def _refuse_differences(differences: Sequence[str]) -> None:
     raise ModelError(f"these models cannot be averaged: {shown}")
 
 
-def _pieces(name: str, spec: TensorSpec, files: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
-    """Yields the same rows of one tensor from every file, a bounded number at a time."""
+def _row_ranges(spec: TensorSpec) -> Iterator[slice | None]:
+    """Ranges of rows of a bounded number of elements; None stands for a tensor without dimensions."""
     if not spec.shape:
-        yield [file.get_tensor(name) for file in files]
+        yield None
         return
-    row = max(1, math.prod(spec.shape[1:]))
-    # All files' pieces are held at once, so that their number divides the budget.
-    rows = max(1, _ELEMENTS_PER_PIECE // (row * len(files)))
+    rows = max(1, _ELEMENTS_PER_PIECE // max(1, math.prod(spec.shape[1:])))
     for begin in range(0, spec.shape[0], rows):
-        yield [file.get_slice(name)[begin : begin + rows] for file in files]
+        yield slice(begin, begin + rows)
+
+
+def _piece(file: Any, name: str, rows: slice | None) -> torch.Tensor:
+    return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
 
 def _mean_pieces(
     name: str, spec: TensorSpec, files: Sequence[Any], paths: Sequence[Path], weights: Sequence[float]
 ) -> Iterator[np.ndarray]:
     whole = math.fsum(weights)
-    for parts in _pieces(name, spec, files):
-        total = torch.zeros(parts[0].shape, dtype=torch.float64)
-        for part, weight in zip(parts, weights, strict=True):
-            total.add_(part.to(torch.float64), alpha=weight)
-        mean = total.div_(whole).to(torch.float32)
-        if not bool(torch.isfinite(mean).all()):
-            guilty = [str(p) for p, part in zip(paths, parts, strict=True) if not torch.isfinite(part).all()]
+    # Buffers for all pieces of a tensor: allocating per piece would let the heap grow by fragments.
+    row = math.prod(spec.shape[1:])
+    longest = min(math.prod(spec.shape), max(row, _ELEMENTS_PER_PIECE))
+    total_buffer = torch.empty(longest, dtype=torch.float64)
+    term_buffer = torch.empty(longest, dtype=torch.float64)
+    mean_buffer = torch.empty(longest, dtype=torch.float32)
+    for rows in _row_ranges(spec):
+        count = 0
+        for position, (file, weight) in enumerate(zip(files, weights, strict=True)):
+            piece = _piece(file, name, rows).reshape(-1)
+            count = piece.numel()
+            term = (term_buffer if position else total_buffer)[:count].copy_(piece).mul_(weight)
+            if position:
+                total_buffer[:count].add_(term)
+        mean = mean_buffer[:count].copy_(total_buffer[:count].div_(whole))
+        if not math.isfinite(float(mean.sum(dtype=torch.float64))):
+            pieces = zip(paths, (_piece(file, name, rows) for file in files), strict=True)
+            guilty = [str(path) for path, piece in pieces if not torch.isfinite(piece).all()]
             raise NonFiniteError(f"{name} is not finite in {', '.join(guilty) or 'the mean (overflow)'}")
         yield mean.numpy()
 
@@ -267,11 +280,12 @@ def _equal_pieces(
     name: str, spec: TensorSpec, files: Sequence[Any], paths: Sequence[Path], weights: Sequence[float]
 ) -> Iterator[np.ndarray]:
     del weights
-    for parts in _pieces(name, spec, files):
-        for path, part in zip(paths[1:], parts[1:], strict=True):
-            if not torch.equal(part, parts[0]):
+    for rows in _row_ranges(spec):
+        first = _piece(files[0], name, rows)
+        for file, path in zip(files[1:], paths[1:], strict=True):
+            if not torch.equal(_piece(file, name, rows), first):
                 _refuse_differences([f"{name} ({spec.dtype}) has other values in {paths[0]} than in {path}"])
-        yield parts[0].numpy()
+        yield first.numpy()
 
 
 def _common_files(directories: Sequence[Path]) -> list[str]:
