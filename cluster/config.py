@@ -260,6 +260,11 @@ class TrainPhase(FrozenModel):
         workers = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers,) * 2
         if not 1 <= workers[0] <= workers[1]:
             raise ValueError(f"num_workers must be N or [fewest, most], not {self.num_workers}")
+        if self.nway == 2 and self.loss.kl and self.loss.normalize == "both":
+            raise ValueError(
+                "nway 2 with loss.normalize 'both': two scores always scale to 0 and 1, so the KL term has "
+                "no gradient; use 3 or more documents, or normalize 'teacher' or 'none'"
+            )
         return self
 
 
