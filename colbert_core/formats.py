@@ -36,6 +36,7 @@ from colbert_core.errors import ConfigError, ModelError, SchemaVersionError
 from colbert_core.formats_pylate import (
     MODULES_FILE,
     backbone_folder,
+    is_multi_vector,
     read_projection,
     read_settings,
     write_pylate,
@@ -68,7 +69,8 @@ LAYOUTS = ("pylate", "stanford")
 Layout = Literal["pylate", "stanford"]
 Detected = Literal["raycolbert", "pylate", "stanford", "backbone"]
 
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", METADATA_FILE]
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", METADATA_FILE)
+_TELLING_FILES = ("config.json", MODULES_FILE, CONFIG_FILE, METADATA_FILE)
 
 
 def save_model(
@@ -155,14 +157,16 @@ def load_model(source: str | Path, *, overrides: ColBERTConfig | None = None) ->
 
 
 def detect_layout(directory: Path) -> Detected:
-    """Which layout a directory has: ours, PyLate's, Stanford's, or a plain backbone.
+    """Which layout a directory has: ours, PyLate's, Stanford's, or a backbone.
+
+    A sentence-transformers model that pools its tokens into one vector is a backbone.
 
     Raises:
         ModelError: none of them; the message names the missing file.
     """
     if (directory / CONFIG_FILE).is_file():
         return "raycolbert"
-    if (directory / MODULES_FILE).is_file():
+    if (directory / MODULES_FILE).is_file() and is_multi_vector(directory):
         return "pylate"
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory}: no model: config.json is missing")
@@ -172,14 +176,25 @@ def detect_layout(directory: Path) -> Detected:
     return "backbone"
 
 
-def _located(source: str | Path) -> Path:
+def has_projection(source: str | Path) -> bool:
+    """Whether a directory or hub id holds a ColBERT model, and not a plain or single-vector encoder.
+
+    Of a hub model only the small files that tell are fetched.
+
+    Raises:
+        ModelError: there is no such directory or hub model.
+    """
+    return detect_layout(_located(source, _TELLING_FILES)) != "backbone"
+
+
+def _located(source: str | Path, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if isinstance(source, Path) or path.is_absolute() or source.startswith("."):
         raise ModelError(f"{source}: no such model directory")
     try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"{source}: neither a directory nor a model of the hub: {error}") from None
 

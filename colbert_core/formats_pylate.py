@@ -95,6 +95,16 @@ def write_pylate(model: ColBERT, directory: Path) -> None:
     write_tensors(dense / WEIGHTS_FILE, {LINEAR_KEY: model.projection.weight})
 
 
+def is_multi_vector(directory: Path) -> bool:
+    """Whether modules.json describes a model of token vectors: a Dense module, and no pooling.
+
+    Raises:
+        ModelError: modules.json is damaged.
+    """
+    kinds = [kind for kind, _ in _entries(directory)]
+    return "Dense" in kinds and "Pooling" not in kinds
+
+
 def backbone_folder(directory: Path) -> Path:
     """Where the Transformer module keeps the backbone and the tokenizer.
 
@@ -181,13 +191,9 @@ _SIDES = ("query", "document")
 
 
 def _modules(directory: Path) -> list[tuple[str, str]]:
-    """(last part of the class name, folder) of each module, in order."""
+    """(last part of the class name, folder) of each module, in order; unknown modules are refused."""
     path = directory / MODULES_FILE
-    entries = read_json(path)
-    try:
-        modules = [(entry["type"].rpartition(".")[2], entry["path"]) for entry in entries]
-    except (TypeError, KeyError, AttributeError):
-        raise ModelError(f"{path}: a list of modules with 'type' and 'path' is expected") from None
+    modules = _entries(directory)
     known = ("Transformer", "Dense", "MultiVectorMask", "Normalize")
     for kind, folder in modules:
         if kind not in known:
@@ -197,6 +203,14 @@ def _modules(directory: Path) -> list[tuple[str, str]]:
     if not modules:
         raise ModelError(f"{path}: lists no modules")
     return modules
+
+
+def _entries(directory: Path) -> list[tuple[str, str]]:
+    path = directory / MODULES_FILE
+    try:
+        return [(entry["type"].rpartition(".")[2], entry["path"]) for entry in read_json(path)]
+    except (TypeError, KeyError, AttributeError):
+        raise ModelError(f"{path}: a list of modules with 'type' and 'path' is expected") from None
 
 
 def _dense_matrix(folder: Path) -> Tensor:

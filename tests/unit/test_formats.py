@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from colbert_core.config import ColBERTConfig
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ConfigError, DimensionError, ModelError, SchemaVersionError
-from colbert_core.formats import detect_layout, load_model, save_model
+from colbert_core.formats import detect_layout, has_projection, load_model, save_model
 from tests.tiny_models import tiny_bert_dir, tiny_japanese_dir, tiny_modernbert_dir, tiny_xlmr_dir
 
 BASES = {
@@ -409,6 +409,23 @@ def test_a_newer_schema_asks_for_an_upgrade(copied):
     edit(copied / "raycolbert.json", schema_version=2)
     with pytest.raises(SchemaVersionError, match="upgrade raycolbert"):
         load_model(copied)
+
+
+def test_a_single_vector_model_is_a_backbone(tmp_path):
+    directory = tiny_bert_dir(tmp_path / "base")
+    kinds = {"": "models.Transformer", "1_Pooling": "models.Pooling", "2_Dense": "models.Dense"}
+    modules = [{"type": f"sentence_transformers.{kind}", "path": path} for path, kind in kinds.items()]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    assert detect_layout(directory) == "backbone" and not has_projection(directory)
+    with pytest.raises(ModelError, match="a backbone without a projection"):
+        load_model(directory)
+
+
+def test_a_saved_model_can_be_a_base_again(saved, models):
+    assert has_projection(saved)
+    again = ColBERT.create(saved, config("bert"), seed=9)
+    assert torch.equal(again.backbone.state_dict()["embeddings.word_embeddings.weight"],
+                       models("bert").backbone.state_dict()["embeddings.word_embeddings.weight"])  # fmt: skip
 
 
 def test_a_plain_backbone_and_an_empty_directory_are_told_apart(tmp_path):

@@ -1,0 +1,124 @@
+"""Models of a recipe: the untrained start, and finding and loading what is published."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from random import Random
+
+import torch
+
+from cluster.artifacts import ArtifactRef, base_ref, model_ref
+from cluster.config import Recipe
+from cluster.registry import Registry
+from cluster.sources import document_text, read_records
+from colbert_core.encoder import ColBERT
+from colbert_core.errors import ConfigError, DataError, VersionExists
+from colbert_core.formats import has_projection, load_model, save_model
+from colbert_core.pretrained import resolve_base
+from colbert_core.projection import pca_projection
+
+
+def ensure_base(recipe: Recipe, registry: Registry) -> ArtifactRef:
+    """The untrained start of the recipe, made and published if it does not exist yet.
+
+    A base that is a ColBERT model already (in any layout) keeps its projection. Any other encoder gets a
+    random one, or the principal components of its token states over a seeded sample of documents.
+
+    Raises:
+        ConfigError: ``projection: pca`` for a base that has a projection.
+        ModelError: the base cannot be loaded.
+        DataError: the source of the PCA has no documents, or is malformed.
+    """
+    ref = base_ref(recipe)
+    if registry.exists(ref):
+        return ref
+    model = _build_base(recipe)
+    settings = recipe.model
+    with tempfile.TemporaryDirectory(prefix="raycolbert-base-") as folder:
+        directory = Path(folder) / "model"
+        save_model(model, directory)
+        try:
+            registry.publish(
+                ref,
+                directory,
+                recipe=recipe.model_dump(mode="json"),
+                extra={"base": settings.base, "projection": settings.projection, "seed": recipe.seed},
+            )
+        except VersionExists:
+            # Another job of this recipe was first; both built the same from the same settings.
+            return ref
+    return ref
+
+
+def resolve_model(recipe: Recipe, registry: Registry, spec: str) -> ArtifactRef:
+    """The version that a model spec of a recipe stands for.
+
+    Args:
+        recipe: gives 'base', 'averaged' and the phases their versions; these need not be published yet.
+        registry: where aliases are looked up.
+        spec: 'base', 'averaged', a phase's name, or NAME@VERSION-or-alias.
+
+    Raises:
+        ConfigError: ``spec`` is none of these.
+        ArtifactNotFound: there is no such version or alias.
+    """
+    return registry.resolve("models", spec) if "@" in spec else model_ref(recipe, spec)
+
+
+def load_model_ref(registry: Registry, ref: ArtifactRef) -> ColBERT:
+    """A published model, every byte checked against its manifest, on the CPU in fp32 and eval mode.
+
+    Raises:
+        ArtifactNotFound: it is not published.
+        IntegrityError: a file is damaged.
+        ModelError: it is no ColBERT model.
+    """
+    return load_model(registry.pull(ref))
+
+
+def sample_documents(recipe: Recipe, source: str, count: int, seed: int) -> list[str]:
+    """A uniform sample of a source's documents, in file order; all of them if there are no more.
+
+    The corpus is streamed: memory is that of the sample.
+
+    Raises:
+        DataError: the corpus is empty or malformed.
+    """
+    generator = Random(seed)
+    kept: list[tuple[int, str]] = []
+    path = recipe.data.sources[source].corpus
+    records = read_records(recipe, path, ("_id", "text"), optional=("title",))
+    for position, (_, record) in enumerate(records):
+        item = (position, document_text(record["title"], record["text"]))
+        if len(kept) < count:
+            kept.append(item)
+            continue
+        # Algorithm R: the n-th document takes a place with probability count / n.
+        place = generator.randrange(position + 1)
+        if place < count:
+            kept[place] = item
+    if not kept:
+        raise DataError(f"{path}: the corpus has no documents")
+    return [text for _, text in sorted(kept)]
+
+
+def _build_base(recipe: Recipe) -> ColBERT:
+    settings = recipe.model
+    base = resolve_base(settings.base)
+    if has_projection(base):
+        if settings.projection == "pca":
+            raise ConfigError(
+                f"model.projection is 'pca', but the base {settings.base!r} has a projection already; "
+                "remove the key to keep that one"
+            )
+        return load_model(base, overrides=settings.colbert)
+    model = ColBERT.create(base, settings.colbert, seed=recipe.seed)
+    if settings.projection == "pca":
+        assert settings.pca_source is not None  # the recipe was checked
+        texts = sample_documents(recipe, settings.pca_source, settings.pca_documents, recipe.seed)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        projection = pca_projection(model, texts)
+        with torch.no_grad():
+            model.projection.weight.copy_(projection)
+    return model
