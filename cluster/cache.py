@@ -4,11 +4,13 @@ Layout under the cache directory::
 
     blobs/<sha256>                                     one file per content, read-only
     artifacts/<kind>/<name>/<version>.<digest>/…       hard links to blobs; what ``pull`` returns
+    building/…                                         unfinished downloads
     locks/…                                            lock files; an artifact's is also its time of last use
 
 A blob appears under its name only after its digest has been checked, and an artifact directory only
-when it is complete. An artifact that a living process has pulled is never evicted: the process holds a
-shared lock that the kernel releases when it ends.
+when it is complete. A verified file is read-only and carries a fixed time stamp, so that one that was
+changed since is noticed and fetched again. An artifact that a living process has pulled is never
+evicted: the process holds a shared lock that the kernel releases when it ends.
 """
 
 from __future__ import annotations
@@ -21,20 +23,22 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
-from rich.progress import Progress
-
 from cluster.manifest import FileEntry, Manifest
-from cluster.storage.api import READ_CHUNK, ObjectStore, file_sha256
+from cluster.storage.api import READ_CHUNK, ObjectStore
+from cluster.transfers import transfer
 from colbert_core.errors import IntegrityError, ObjectNotFound, StorageError
 
-_THREADS = 8
+# The artifacts in use by this process, whatever registry pulled them, and the locks that say so.
+_HELD: dict[Path, IO[bytes]] = {}
+_MUTEX = threading.Lock()
+_ABANDONED_S = 24 * 3600.0
+_SEALED_AT = 1_000_000_000.0
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -49,8 +53,6 @@ class ArtifactCache:
     def __init__(self, directory: Path, limit_gb: float) -> None:
         self.directory = directory
         self.limit_bytes = int(limit_gb * 1e9)
-        self._held: dict[Path, IO[bytes]] = {}
-        self._mutex = threading.Lock()
 
     def __reduce__(self) -> tuple[type[ArtifactCache], tuple[Path, float]]:
         return ArtifactCache, (self.directory, self.limit_bytes / 1e9)
@@ -72,21 +74,19 @@ class ArtifactCache:
             self._hold(target)
             if self._is_complete(target, manifest, wanted):
                 return target
-            missing = {manifest.files[path].sha256: manifest.files[path].size for path in wanted}
-            needed = sum(size for digest, size in missing.items() if not self._blob(digest).exists())
-            self.evict(needed)
+            sizes = {manifest.files[path].sha256: manifest.files[path].size for path in wanted}
+            self.evict(sum(size for digest, size in sizes.items() if not self._blob(digest).exists()))
             self._build(store, manifest, keys, target)
         except OSError as error:
             reason = "no space left" if error.errno in _SPACE_ERRORS else error.strerror or str(error)
-            raise StorageError(
-                f"{manifest.ref}: cannot write to the cache {self.directory}: {reason}"
-            ) from None
+            where = f"{manifest.ref}: cannot write to the cache {self.directory}"
+            raise StorageError(f"{where}: {reason}") from None
         return target
 
     def release(self, directory: Path) -> None:
         """Lets go of an artifact that this process has pulled: it may be evicted from now on."""
-        with self._mutex:
-            lock = self._held.pop(directory, None)
+        with _MUTEX:
+            lock = _HELD.pop(directory, None)
         if lock is not None:
             lock.close()
 
@@ -119,37 +119,22 @@ class ArtifactCache:
         return total
 
     def _build(self, store: ObjectStore, manifest: Manifest, keys: dict[str, str], target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
-        quiet = not Console(stderr=True).is_terminal
+        building = Path(tempfile.mkdtemp(dir=self._building_directory()))
+
+        def fetch(path: str) -> None:
+            self._link_blob(store, keys[path], manifest.files[path], building / path)
+
         try:
-            with (
-                Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress,
-                ThreadPoolExecutor(_THREADS) as pool,
-            ):
-                task = progress.add_task(
-                    f"pull {manifest.ref}", total=sum(manifest.files[p].size for p in keys)
-                )
-
-                def fetch(path: str) -> None:
-                    entry = manifest.files[path]
-                    self._link_blob(store, keys[path], entry, building / path)
-                    progress.advance(task, entry.size)
-
-                futures = [pool.submit(fetch, path) for path in keys]
-                try:
-                    for future in futures:
-                        future.result()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-            for folder in [building, *(path for path in building.rglob("*") if path.is_dir())]:
-                folder.chmod(0o555)
+            transfer(f"pull {manifest.ref}", {path: manifest.files[path].size for path in keys}, fetch)
             with self._lock(self._lock_path(target).with_suffix(".install")):
+                if self._is_complete(target, manifest, list(keys)):
+                    return
                 if target.exists():
                     _remove_tree(target)
-                # A folder's own write bit is needed to move it below another parent on some systems only.
+                target.parent.mkdir(parents=True, exist_ok=True)
                 building.rename(target)
+            for folder in [target, *(path for path in target.rglob("*") if path.is_dir())]:
+                folder.chmod(0o555)
         finally:
             if building.exists():
                 _remove_tree(building)
@@ -159,7 +144,7 @@ class ArtifactCache:
         blob = self._blob(entry.sha256)
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._lock(self._lock_directory() / f"{entry.sha256}.blob"):
-            if not blob.exists() or blob.stat().st_size != entry.size:
+            if not _is_sealed(blob, entry.size):
                 self._download(store, key, entry, blob)
             try:
                 os.link(blob, target)
@@ -167,12 +152,13 @@ class ArtifactCache:
                 if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                     raise
                 shutil.copyfile(blob, target)
-                target.chmod(0o444)
+                _seal(target)
 
     def _download(self, store: ObjectStore, key: str, entry: FileEntry, blob: Path) -> None:
         blob.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=blob.parent, prefix=".loading-")
+        descriptor, name = tempfile.mkstemp(dir=self._building_directory())
         loading, digest, size = Path(name), hashlib.sha256(), 0
+        where = f"{key} in {store.uri}"
         try:
             with os.fdopen(descriptor, "wb") as target, store.open(key) as source:
                 while chunk := source.read(READ_CHUNK):
@@ -180,23 +166,28 @@ class ArtifactCache:
                     digest.update(chunk)
                     target.write(chunk)
             if size != entry.size:
-                raise IntegrityError(f"{key} in {store.uri}: {size} bytes, the manifest says {entry.size}")
+                raise IntegrityError(f"{where}: {size} bytes, the manifest says {entry.size}")
             if digest.hexdigest() != entry.sha256:
-                raise IntegrityError(f"{key} in {store.uri}: the content does not match its SHA-256")
-            loading.chmod(0o444)
+                raise IntegrityError(f"{where}: the content does not match its SHA-256")
+            _seal(loading)
             loading.replace(blob)
         except ObjectNotFound:
-            raise IntegrityError(
-                f"{key} in {store.uri}: the manifest names this file, but it is missing"
-            ) from None
+            raise IntegrityError(f"{where}: the manifest names this file, but it is missing") from None
         finally:
             loading.unlink(missing_ok=True)
 
     def _is_complete(self, target: Path, manifest: Manifest, wanted: list[str]) -> bool:
-        try:
-            return all((target / path).stat().st_size == manifest.files[path].size for path in wanted)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        return all(_is_sealed(target / path, manifest.files[path].size) for path in wanted)
+
+    def _building_directory(self) -> Path:
+        """Where unfinished work lies; what a killed process left there is removed after a day."""
+        path = self.directory / "building"
+        path.mkdir(parents=True, exist_ok=True)
+        for left in path.iterdir():
+            with suppress(FileNotFoundError):
+                if left.stat().st_mtime < time.time() - _ABANDONED_S:
+                    _remove_tree(left)
+        return path
 
     def _target(self, manifest: Manifest, some: list[str] | None) -> Path:
         # The digest keeps versions of the same name from two storages apart.
@@ -221,11 +212,11 @@ class ArtifactCache:
     def _hold(self, artifact: Path) -> None:
         """Marks an artifact as in use by this process, and as used now."""
         path = self._lock_path(artifact)
-        with self._mutex:
-            if artifact not in self._held:
+        with _MUTEX:
+            if artifact not in _HELD:
                 stream = path.open("ab")
                 fcntl.flock(stream, fcntl.LOCK_SH)
-                self._held[artifact] = stream
+                _HELD[artifact] = stream
         os.utime(path)
 
     def _last_use(self, artifact: Path) -> float:
@@ -262,20 +253,25 @@ class ArtifactCache:
                     blob.unlink()
 
 
-def verify_directory(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with a pulled directory: paths that are missing or whose content differs."""
-    wrong = []
-    for path, entry in manifest.files.items():
-        local = directory / path
-        if not local.is_file():
-            wrong.append(f"{local}: missing")
-        elif local.stat().st_size != entry.size or file_sha256(local) != entry.sha256:
-            wrong.append(f"{local}: the content does not match its SHA-256")
-    return wrong
+def _seal(path: Path) -> None:
+    """Marks a verified file read-only and with a fixed time stamp: a later write to it shows."""
+    path.chmod(0o444)
+    os.utime(path, (_SEALED_AT, _SEALED_AT))
+
+
+def _is_sealed(path: Path, size: int) -> bool:
+    """Whether the file is there as it was verified."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == size and status.st_mtime == _SEALED_AT
 
 
 def _remove_tree(path: Path) -> None:
-    for folder in [path, *path.rglob("*")]:
-        if folder.is_dir():
+    if path.is_dir():
+        for folder in [path, *(below for below in path.rglob("*") if below.is_dir())]:
             folder.chmod(stat.S_IRWXU)
-    shutil.rmtree(path)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -271,7 +271,9 @@ class Alias(FrozenModel):
 def seal(content: Mapping[str, Any]) -> bytes:
     """JSON with a digest of itself, so that a damaged record is found when it is read."""
     digest = _digest(content)
-    return json.dumps({**content, "digest": digest}, indent=1, sort_keys=True, ensure_ascii=False).encode()
+    return json.dumps(
+        {**content, "digest": digest}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def unseal(data: bytes, key: str) -> dict[str, Any]:
@@ -286,7 +288,7 @@ def unseal(data: bytes, key: str) -> dict[str, Any]:
         IntegrityError: it is not JSON, or not what was sealed.
     """
     try:
-        content = json.loads(data)
+        content = json.loads(data, parse_constant=_refuse_constant)
     except ValueError as error:
         raise IntegrityError(f"{key}: not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -304,6 +306,10 @@ def unseal(data: bytes, key: str) -> dict[str, Any]:
     return content
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
 def _digest(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -20,6 +20,7 @@ from cluster.config import StorageConfig
 from cluster.manifest import KINDS, Alias, Manifest, Parent, check_ref, manifest_key, parse_ref
 from cluster.staging import StagedArtifact
 from cluster.storage import ObjectStore, check_key, open_store
+from cluster.transfers import transfer
 from colbert_core.errors import (
     ArtifactNotFound,
     IntegrityError,
@@ -148,8 +149,9 @@ class Registry:
                 return f"{key}: missing"
             return None
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return [problem for problem in pool.map(check, sorted(manifest.files)) if problem]
+        sizes = {path: entry.size for path, entry in manifest.files.items()}
+        found = transfer(f"verify {ref}", sizes, check)
+        return [problem for _, problem in sorted(found.items()) if problem]
 
     def names(self, kind: Kind) -> list[str]:
         """Names of this kind that have at least one published version."""
@@ -177,14 +179,30 @@ class Registry:
         except ArtifactNotFound:
             raise ArtifactNotFound(self._not_found(ref)) from None
 
-    def lineage(self, ref: ArtifactRef, weight: float = 1.0) -> LineageNode:
-        """What a version was made from, and what that was made from, and so on."""
-        try:
-            manifest = self.manifest(ref)
-        except ArtifactNotFound:
-            return LineageNode(ref, weight, None, ())
-        parents = tuple(self.lineage(parent.ref, parent.weight) for parent in manifest.parents)
-        return LineageNode(ref, weight, manifest, parents)
+    def lineage(self, ref: ArtifactRef) -> LineageNode:
+        """What a version was made from, and what that was made from, and so on.
+
+        Raises:
+            ArtifactNotFound: the version is not published; an ancestor may have been collected.
+            IntegrityError: a manifest is damaged, or the lineage goes in a circle.
+        """
+        self.manifest(ref)
+        known: dict[ArtifactRef, tuple[Manifest | None, tuple[LineageNode, ...]]] = {}
+
+        def node(ref: ArtifactRef, weight: float, below: tuple[ArtifactRef, ...]) -> LineageNode:
+            if ref in below:
+                raise IntegrityError(f"the lineage of {below[0]} goes in a circle at {ref}")
+            if ref not in known:
+                try:
+                    manifest = self.manifest(ref)
+                except ArtifactNotFound:
+                    known[ref] = (None, ())
+                else:
+                    parents = (node(parent.ref, parent.weight, (*below, ref)) for parent in manifest.parents)
+                    known[ref] = (manifest, tuple(parents))
+            return LineageNode(ref, weight, *known[ref])
+
+        return node(ref, 1.0, ())
 
     # -- publishing ---------------------------------------------------------------------------------
 
@@ -209,9 +227,9 @@ class Registry:
         """
         files = _files_below(Path(directory))
         staged = self.staging(ref)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            parts = list(pool.map(lambda item: staged.upload(*item), files.items()))
-        entries = {part.path: part.entry for part in parts}
+        sizes = {path: local.stat().st_size for path, local in files.items()}
+        parts = transfer(f"publish {ref}", sizes, lambda path: staged.upload(path, files[path]))
+        entries = {path: part.entry for path, part in parts.items()}
         return staged.finish(
             entries, parents=parents, recipe=recipe, fingerprint=fingerprint, metrics=metrics, extra=extra
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,6 +25,7 @@ from colbert_core.errors import (
 )
 
 _THREADS = 8
+_FRESH = timedelta(hours=1)
 
 
 class StagedArtifact:
@@ -59,6 +61,7 @@ class StagedArtifact:
         if recorded is not None and self._is_there(recorded):
             same = (recorded.entry.size, recorded.entry.sha256) == (size, digest)
             if same or keep_existing:
+                self._refresh(recorded)
                 return recorded
         key = self._place(path, local, size, digest)
         entry = FileEntry(size=size, sha256=digest, key=None if key == f"files/{path}" else key)
@@ -112,6 +115,8 @@ class StagedArtifact:
             there = pool.map(lambda path: self._is_there(parts[path]), recorded)
             missing += [path for path, found in zip(recorded, there, strict=True) if not found]
         if missing or not wanted:
+            if self.store.exists(manifest_key(self.ref)):
+                raise VersionExists(f"{self.ref} is already in {self.store.uri}")
             some = ", ".join(missing[:8]) or "it has no files at all"
             raise StorageError(f"{self.ref} is not published: {len(missing)} files are not uploaded: {some}")
         entries = {path: parts[path].entry for path in wanted}
@@ -142,15 +147,22 @@ class StagedArtifact:
                 metrics=dict(metrics or {}),
                 extra=dict(extra or {}),
             )
-        except ValidationError as error:
+            data = manifest.to_bytes()
+        except ValueError as error:
             raise StorageError(f"{self.ref}: the manifest would not be valid: {error}") from None
         store = self.store
         try:
-            store.put(manifest_key(self.ref), manifest.to_bytes(), if_absent=True)
+            store.put(manifest_key(self.ref), data, if_absent=True)
         except PreconditionFailed:
             raise VersionExists(f"{self.ref} was published by another meanwhile, in {store.uri}") from None
         self._forget_parts()
         return manifest
+
+    def _refresh(self, part: Part) -> None:
+        """Writes an old record again: a build that goes on must not look abandoned to the collection."""
+        if datetime.now(timezone.utc) - part.at > _FRESH:
+            renewed = part.model_copy(update={"at": datetime.now(timezone.utc)})
+            self.store.put(self._part_key(part.path), seal(renewed.model_dump(mode="json")))
 
     def _place(self, path: str, local: Path, size: int, digest: str) -> str:
         """Uploads to the file's natural place, or beside it if other content is there already."""

@@ -31,9 +31,9 @@ Answer = TypeVar("Answer")
 
 _LOG = logging.getLogger(__name__)
 _FIRST_CONTACT_S = 10.0
-_PART_BYTES = 16 << 20
+_PART_BYTES = 8 << 20
 _MAX_PARTS = 9_000
-_UPLOAD_THREADS = 4
+_PARTS_AT_ONCE = 8
 
 
 class _Tries:
@@ -60,7 +60,10 @@ class S3Store(ObjectStore):
         if self.prefix:
             check_key(self.prefix)
         self._lock = threading.Lock()
+        # Bounds the memory of all uploads together: each part in flight is held whole.
+        self._part_slots = threading.BoundedSemaphore(_PARTS_AT_ONCE)
         self._reached = False
+        self._bucket_seen = False
         self._conditions_checked = False
         timeout = config.request_timeout_s
         session = boto3.session.Session(region_name=config.region)
@@ -208,21 +211,17 @@ class S3Store(ObjectStore):
         upload = self._call("upload", key, lambda: self._client.create_multipart_upload(**place)["UploadId"])
 
         def send(number: int) -> dict[str, Any]:
-            with path.open("rb") as stream:
-                stream.seek((number - 1) * part_bytes)
-                body = stream.read(part_bytes)
-            etag = self._call(
-                "upload",
-                key,
-                lambda: self._client.upload_part(**place, UploadId=upload, PartNumber=number, Body=body)[
-                    "ETag"
-                ],
-            )
-            return {"PartNumber": number, "ETag": etag}
+            with self._part_slots:
+                with path.open("rb") as stream:
+                    stream.seek((number - 1) * part_bytes)
+                    body = stream.read(part_bytes)
+                part = {**place, "UploadId": upload, "PartNumber": number}
+                request = partial(self._client.upload_part, **part, Body=body)
+                return {"PartNumber": number, "ETag": self._call("upload", key, request)["ETag"]}
 
         tries = _Tries()
         try:
-            with ThreadPoolExecutor(_UPLOAD_THREADS) as pool:
+            with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
                 parts = list(pool.map(send, range(1, -(-size // part_bytes) + 1)))
 
             def finish() -> str:
@@ -375,7 +374,7 @@ class S3Store(ObjectStore):
                 )
                 time.sleep(pause)
             else:
-                self._reached = True
+                self._reached = self._bucket_seen = True
                 return answer
 
     def _typed(self, operation: str, key: str, fault: Fault, attempts: int, seconds: float) -> StorageError:
@@ -403,11 +402,13 @@ class S3Store(ObjectStore):
         return fault
 
     def _bucket_is_missing(self) -> bool:
-        """A HEAD of an object answers 404 for a missing bucket too."""
-        try:
-            self._client.head_bucket(Bucket=self.bucket)
-        except REQUEST_ERRORS as error:
-            return explain(error).code in ("404", "NoSuchBucket")
+        """A HEAD of an object answers 404 for a missing bucket too; asked once."""
+        if not self._bucket_seen:
+            try:
+                self._client.head_bucket(Bucket=self.bucket)
+            except REQUEST_ERRORS as error:
+                return explain(error).code in ("404", "NoSuchBucket")
+            self._bucket_seen = True
         return False
 
     def _redact(self, text: str) -> str:
