@@ -1,0 +1,205 @@
+"""Jobs on a real cluster: `ray job submit` by hand, and the CLI with --address."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from cluster.artifacts import ArtifactRef, averaged_ref
+from cluster.config import StorageConfig, parse_recipe
+from cluster.registry import Registry
+from colbert_core.config import ColBERTConfig
+from colbert_core.encoder import ColBERT
+from colbert_core.formats import save_model
+from tests.tiny_models import tiny_bert_dir
+
+START_SECONDS = 60
+STOP_SECONDS = 30
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Cluster:
+    """A running `ray start --head`."""
+
+    address: str
+    environment: dict[str, str]
+
+    def run(self, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+    finally:
+        for item in sockets:
+            item.close()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    names = (
+        "port",
+        "dashboard-port",
+        "ray-client-server-port",
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "runtime-env-agent-port",
+        "metrics-export-port",
+        "object-manager-port",
+        "node-manager-port",
+    )
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    # Short, since Ray's sockets live below it and their paths are bounded to about 100 characters.
+    folder = tempfile.mkdtemp(prefix="rjs", dir="/tmp")
+    # `python` of a submitted job is looked up on the PATH of `ray start`.
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "200",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    with (Path(folder) / "ray-start.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                str(BIN / "ray"),
+                "start",
+                "--head",
+                "--block",
+                "--disable-usage-stats",
+                "--node-ip-address=127.0.0.1",
+                "--num-cpus=2",
+                "--object-store-memory=100000000",
+                f"--temp-dir={folder}",
+                *(f"--{name}={port}" for name, port in ports.items()),
+            ],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
+    try:
+        until = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                httpx.get(f"{address}/api/jobs/", timeout=5).raise_for_status()
+                break
+            except httpx.HTTPError:
+                output = (Path(folder) / "ray-start.log").read_text()
+                assert process.poll() is None and time.monotonic() < until, output
+                time.sleep(0.2)
+        yield Cluster(address, environment)
+    finally:
+        started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        _, alive = psutil.wait_procs(started, STOP_SECONDS)
+        for survivor in alive:
+            survivor.kill()
+        process.wait(STOP_SECONDS)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe that averages two published tiny models."""
+    folder = tmp_path_factory.mktemp("job")
+    storage = StorageConfig(root=str(folder / "store"), cache_dir=str(folder / "cache"))
+    registry = Registry.open(storage)
+    config = ColBERTConfig(dim=8, query_length=16, document_length=32)
+    for seed, version in enumerate(("one", "two")):
+        base = tiny_bert_dir(folder / f"base-{version}", seed=seed)
+        save_model(ColBERT.create(base, config, seed=seed), folder / version)
+        registry.publish(ArtifactRef("models", "tiny", version), folder / version)
+    tree = {
+        "name": "submitted",
+        "storage": storage.model_dump(),
+        "model": {"name": "tiny", "base": str(folder / "base-one")},
+        "average": {"inputs": [{"model": "tiny@one"}, {"model": "tiny@two"}]},
+    }
+    project = folder / "project"
+    project.mkdir()
+    (project / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return project
+
+
+def stored_reports(workspace: Path) -> list[dict[str, Any]]:
+    paths = (workspace.parent / "store").glob("reports/submitted/average/*.json")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]
+
+
+def test_ray_job_submit_runs_a_job(cluster: Cluster, workspace: Path) -> None:
+    done = cluster.run(
+        *(str(BIN / "ray"), "job", "submit", "--address", cluster.address, "--working-dir", "."),
+        *("--", "python", "-m", "jobs.average", "recipe.yaml"),
+        cwd=workspace,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    recipe = parse_recipe(yaml.safe_load((workspace / "recipe.yaml").read_text(encoding="utf-8")))
+    ref = averaged_ref(recipe)
+    assert str(ref) in done.stdout
+    assert Registry.open(recipe.storage).exists(ref)
+    (report,) = stored_reports(workspace)
+    assert report["artifacts"] == [str(ref)]
+    assert report["metrics"]["models_averaged"] == 2
+
+
+def test_the_cli_submits_follows_the_log_and_shows_the_report(cluster: Cluster, workspace: Path) -> None:
+    done = cluster.run(
+        *(str(BIN / "raycolbert"), "average", "recipe.yaml", "--set", "average.inputs.0.weight=3"),
+        *("--address", cluster.address),
+        cwd=workspace,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "submitted" in done.stdout and "models_averaged" in done.stdout
+    parents = stored_reports(workspace)[-1]["details"]["parents"]
+    assert parents == {"models/tiny@one": 0.75, "models/tiny@two": 0.25}
+
+
+def test_a_failing_recipe_fails_the_command_with_one_line_and_the_jobs_status(
+    cluster: Cluster, workspace: Path
+) -> None:
+    before = len(stored_reports(workspace))
+    done = cluster.run(
+        *(str(BIN / "raycolbert"), "average", "recipe.yaml", "--set", "average.inputs.1.model=tiny@three"),
+        *("--address", cluster.address),
+        cwd=workspace,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "ArtifactNotFound" in done.stdout and "tiny@three" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert len(stored_reports(workspace)) == before
+
+
+def test_a_recipe_that_is_not_valid_is_refused_before_it_is_submitted(
+    cluster: Cluster, workspace: Path
+) -> None:
+    done = cluster.run(
+        *(str(BIN / "raycolbert"), "average", "recipe.yaml", "--set", "average.inptus=[]"),
+        *("--address", cluster.address),
+        cwd=workspace,
+    )
+    assert done.returncode == 2
+    assert "average.inptus" in done.stderr and "submitted" not in done.stdout
