@@ -91,7 +91,7 @@ def query_length(
     elif training or config.query_length_rule == "fixed":
         target = config.query_length
     elif config.query_length_rule == "multiple":
-        target = next_multiple if next_multiple - length >= fewest else length + fewest
+        target = max(next_multiple, length + fewest)
     else:
         target = length + fewest if length % step <= fewest else next_multiple
     return max(length, target if max_length is None else min(target, max_length))
