@@ -1,0 +1,127 @@
+"""One process at a time may run under a name: a lease object in storage, kept alive by a heartbeat.
+
+No clock is compared between machines. A lease is stale when it has not changed for a while *as seen by
+the one who wants it*; it is then taken over by compare-and-swap, so that of several waiting only one
+gets it, and the former holder, should it still live, finds out at its next heartbeat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from datetime import datetime, timezone
+from types import TracebackType
+
+from cluster.storage import ObjectStore
+from colbert_core.errors import ObjectNotFound, PreconditionFailed, StorageError, TrainingError
+
+HEARTBEAT_S = 5.0
+STALE_S = 30.0
+
+
+class RunLease:
+    """Holds the right to run under a name for the time of a ``with`` block.
+
+    Args:
+        store: the storage.
+        key: the lease object.
+        heartbeat_s: seconds between signs of life.
+        stale_s: seconds without one after which a lease may be taken over; several heartbeats.
+
+    Raises:
+        TrainingError: on entering, another living process holds the lease; says which.
+    """
+
+    def __init__(
+        self, store: ObjectStore, key: str, *, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S
+    ) -> None:
+        self._store, self._key = store, key
+        self._heartbeat_s, self._stale_s = heartbeat_s, stale_s
+        self._holder = {
+            "schema_version": 1,
+            "holder": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now(timezone.utc).isoformat(),
+        }
+        self._beats = 0
+        self._etag = ""
+        self._stop = threading.Event()
+        self._lost = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="run-lease", daemon=True)
+
+    @property
+    def lost(self) -> bool:
+        """Has another process taken the lease over?"""
+        return self._lost.is_set()
+
+    def __enter__(self) -> RunLease:
+        self._etag = self._acquire()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self.lost:
+            self._store.delete(self._key)
+
+    def _acquire(self) -> str:
+        try:
+            return self._store.put(self._key, self._content(), if_absent=True)
+        except PreconditionFailed:
+            pass
+        deadline = time.monotonic() + self._stale_s
+        first: str | None = None
+        while True:
+            try:
+                data, etag = self._store.get_with_etag(self._key)
+            except ObjectNotFound:
+                return self._take(None)
+            if first is None:
+                first = etag
+            elif etag != first:
+                raise TrainingError(self._in_use(data))
+            if time.monotonic() >= deadline:
+                return self._take(etag)
+            time.sleep(min(self._heartbeat_s / 2, 1.0))
+
+    def _take(self, etag: str | None) -> str:
+        try:
+            return self._store.put(self._key, self._content(), if_absent=etag is None, if_match=etag)
+        except PreconditionFailed:
+            raise TrainingError(self._in_use(None)) from None
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._heartbeat_s):
+            self._beats += 1
+            try:
+                self._etag = self._store.put(self._key, self._content(), if_match=self._etag)
+            except PreconditionFailed:
+                self._lost.set()
+                return
+            except StorageError:
+                # Storage that is away for a moment also keeps others from taking the lease.
+                continue
+
+    def _content(self) -> bytes:
+        return json.dumps({**self._holder, "beats": self._beats}).encode()
+
+    def _in_use(self, data: bytes | None) -> str:
+        place = f"{self._store.uri}/{self._key}"
+        if data is None:
+            return f"{place}: the run is in use by another process that started at the same time"
+        holder = json.loads(data)
+        return (
+            f"{place}: the run is in use by process {holder['pid']} on {holder['host']} "
+            f"since {holder['since']}"
+        )

@@ -1,0 +1,166 @@
+"""Forward pass and loss of one unit: what the training engine differentiates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cluster.config import TrainPhase
+from cluster.training_units import TokenisedUnit
+from colbert_core.batching import TokenBudgetBatches
+from colbert_core.distillation import distillation_loss
+from colbert_core.encoder import ColBERT
+from colbert_core.maxsim import maxsim_pairs
+from colbert_core.text import TokenBatch
+from colbert_core.vectors import RaggedVectors
+
+
+@dataclass
+class UnitWork:
+    """One call of the objective.
+
+    Attributes:
+        unit: the unit, or None on a rank that only keeps the others company.
+        passes: forward passes to make in all; 0 means as many as the unit needs. More are filled up
+            with a single short text that has no part in the loss.
+    """
+
+    unit: TokenisedUnit | None
+    passes: int = 0
+
+
+@dataclass
+class UnitOutcome:
+    """What one forward pass found.
+
+    Attributes:
+        loss: mean over the unit's tuples, detached.
+        parts: the terms of the loss.
+        tokens: tokens run through the encoder, without padding.
+        padding: padding tokens run.
+        non_finite: why the loss is no number, or None.
+    """
+
+    loss: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    padding: int = 0
+    non_finite: str | None = None
+
+
+class UnitObjective:
+    """The distillation loss of a unit, as an objective of :class:`cluster.engine.TrainingEngine`.
+
+    Dropout draws from a stream of its own for each unit, chosen by the seed and the unit's place in the
+    run: the same on any worker, and after any restart.
+
+    Args:
+        phase: loss, seed, token budget, gradient checkpointing.
+    """
+
+    def __init__(self, phase: TrainPhase) -> None:
+        self._phase = phase
+
+    def passes(self, model: ColBERT, unit: TokenisedUnit) -> int:
+        """Forward passes that a unit needs."""
+        return sum(len(padded) for _, padded in self._batches(model, unit))
+
+    def __call__(self, module: nn.Module, work: UnitWork) -> tuple[Tensor, UnitOutcome]:
+        assert isinstance(module, ColBERT)
+        idle = work.passes - (0 if work.unit is None else self.passes(module, work.unit))
+        if work.unit is None:
+            return self._keep_company(module, idle), UnitOutcome()
+        unit, outcome = work.unit, UnitOutcome()
+        torch.manual_seed(_stream(self._phase.seed, unit.slot.position))
+        vectors = []
+        for batch, padded in self._batches(module, unit):
+            vectors.append(self._encode(module, padded))
+            tokens = sum(len(ids) for ids in batch.ids)
+            outcome.tokens += tokens
+            outcome.padding += round(tokens / (1.0 - padded.padding_fraction)) - tokens
+        queries, documents = vectors
+        with torch.autocast(queries.vectors.device.type, enabled=False):
+            loss = self._loss(unit, queries, documents, outcome)
+        if idle > 0:
+            loss = loss + self._keep_company(module, idle)
+        return loss, outcome
+
+    def _loss(
+        self, unit: TokenisedUnit, queries: RaggedVectors, documents: RaggedVectors, outcome: UnitOutcome
+    ) -> Tensor:
+        config = self._phase.loss
+        count, nway = unit.document_of.shape
+        pairs = np.stack([np.repeat(np.arange(count), nway), unit.document_of.reshape(-1)], axis=1)
+        student = maxsim_pairs(queries, documents, torch.from_numpy(pairs)).view(count, nway)
+        bad = (~torch.isfinite(student.detach())).any(dim=1).nonzero().flatten().tolist()
+        if bad:
+            names = ", ".join(unit.labels[row] for row in bad)
+            outcome.non_finite = f"the model's scores are not finite for the tuples {names}"
+            return student.nan_to_num().sum() * 0.0
+        teacher = torch.from_numpy(np.array(unit.teacher)).to(student.device)
+        others = _others(unit, queries, documents) if config.in_batch_negatives else None
+        loss, parts = distillation_loss(student, teacher, config, in_batch=others)
+        outcome.loss = float(loss.detach())
+        outcome.parts = {name: float(value) for name, value in parts.items()}
+        if not np.isfinite(outcome.loss):
+            outcome.non_finite = f"the loss is {outcome.loss} over the tuples {', '.join(unit.labels)}"
+        return loss
+
+    def _batches(
+        self, model: ColBERT, unit: TokenisedUnit
+    ) -> Sequence[tuple[TokenBatch, TokenBudgetBatches]]:
+        budget = self._phase.token_budget
+        return [(batch, model.batches(batch, budget)) for batch in (unit.queries, unit.documents)]
+
+    def _encode(self, model: ColBERT, batches: TokenBudgetBatches) -> RaggedVectors:
+        """As ``ColBERT.encode_tokens``, but each batch's activations may be recomputed in backward.
+
+        With gradient checkpointing the memory of a unit is its vectors plus the activations of one
+        token-budget batch, for one more forward pass: what GradCache does, with the gradient exact by
+        construction.
+        """
+        pieces, rows = [], []
+        for part in batches:
+            if self._phase.gradient_checkpointing:
+                vectors = checkpoint(model, part.input_ids, part.attention_mask, use_reentrant=False)
+            else:
+                vectors = model(part.input_ids, part.attention_mask)
+            pieces.append(vectors[part.score])
+            rows.append(part.rows)
+        order = torch.cat(rows)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        return RaggedVectors(torch.cat(pieces)[place.to(model.device)], batches.lengths)
+
+    def _keep_company(self, model: ColBERT, passes: int) -> Tensor:
+        """Forward passes whose gradient is zero, for ranks that must match the others' number."""
+        ids = torch.full((1, 1), model.text.document_marker_id, device=model.device)
+        total = torch.zeros((), device=model.device)
+        for _ in range(max(1, passes)):
+            if self._phase.gradient_checkpointing:
+                vectors = checkpoint(model, ids, torch.ones_like(ids), use_reentrant=False)
+            else:
+                vectors = model(ids, torch.ones_like(ids))
+            total = total + vectors.sum() * 0.0
+        return total
+
+
+def _others(unit: TokenisedUnit, queries: RaggedVectors, documents: RaggedVectors) -> Tensor:
+    """Scores ``[n, distinct documents]`` of each query, minus infinity for its own documents."""
+    count, distinct = len(queries), len(documents)
+    pairs = torch.cartesian_prod(torch.arange(count), torch.arange(distinct))
+    scores = maxsim_pairs(queries, documents, pairs).view(count, distinct)
+    own = torch.zeros(count, distinct, dtype=torch.bool)
+    own[torch.arange(count)[:, None], torch.from_numpy(unit.document_of)] = True
+    return scores.masked_fill(own.to(scores.device), -torch.inf)
+
+
+def _stream(seed: int, position: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,74 @@
+"""Distils the teacher into a ColBERT model, phase by phase; a phase that is published is skipped."""
+
+from __future__ import annotations
+
+from cluster.artifacts import phase_ref, training_phase
+from cluster.config import Recipe
+from cluster.models import ensure_base
+from cluster.ray_session import ray_session
+from cluster.registry import Registry
+from cluster.report import Report
+from cluster.trainer import PhaseResult, train_phase
+from colbert_core.errors import ConfigError
+from jobs.launch import main
+
+
+def run(recipe: Recipe, phase: str | None = None) -> Report:
+    """Trains the recipe's phases in order.
+
+    Args:
+        recipe: the recipe; its training sets must have been published (job ``score_teacher``).
+        phase: only this one; what it starts from must have been trained.
+
+    Returns:
+        Per phase the loss, throughput, padding and shared documents; under ``details["loss_curves"]``
+        the loss by step.
+
+    Raises:
+        ConfigError: the recipe has no training phase, or none of this name.
+        TrainingError, DataError, ArtifactNotFound: see :func:`cluster.trainer.train_phase`.
+    """
+    if not recipe.train:
+        raise ConfigError("the recipe has no 'train' section")
+    report = Report(job="train", recipe=recipe.name)
+    registry = Registry.open(recipe.storage)
+    phases = recipe.train if phase is None else (training_phase(recipe, phase),)
+    for config in phases:
+        ref = phase_ref(recipe, config.name)
+        if registry.exists(ref):
+            report.skipped.append(str(ref))
+            continue
+        with report.timed(config.name), ray_session(recipe):
+            if config.init == "base":
+                ensure_base(recipe, registry)
+            _add(report, config.name, train_phase(recipe, config.name, registry))
+    return report
+
+
+def _add(report: Report, phase: str, result: PhaseResult) -> None:
+    """Adds a finished phase to the report."""
+    records = result.records
+    listed = sum(record.documents_listed for record in records)
+    encoded = sum(record.documents_encoded for record in records)
+    seconds = sum(record.seconds for record in records)
+    tail = records[-max(1, len(records) // 10) :]
+    figures = {
+        "steps": len(records),
+        "loss": sum(record.loss for record in tail) / len(tail),
+        "tokens_per_s": sum(record.tokens for record in records) / seconds,
+        "padding_fraction": sum(record.padding_fraction for record in records) / len(records),
+        "data_wait_share": sum(record.data_wait_s for record in records) / seconds,
+        "documents_listed": listed,
+        "documents_encoded": encoded,
+        "truncated_documents": sum(record.truncated_documents for record in records),
+        "truncated_queries": sum(record.truncated_queries for record in records),
+        **{f"checkpoint_{name}": value for name, value in result.saves.items()},
+    }
+    report.metrics.update({f"{phase}.{name}": float(value) for name, value in figures.items()})
+    report.artifacts.append(str(result.ref))
+    curves = report.details.setdefault("loss_curves", {})
+    curves[phase] = [[record.step, record.loss] for record in records]
+
+
+if __name__ == "__main__":
+    main("train", run)
