@@ -7,7 +7,7 @@ tell from the recipe alone whether its output exists, and a changed recipe never
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.config import Recipe, TrainPhase, fingerprint
 from colbert_core.errors import ConfigError
@@ -40,13 +40,16 @@ def base_ref(recipe: Recipe) -> ArtifactRef:
 
 
 def candidates_ref(recipe: Recipe, tuples: str) -> ArtifactRef:
-    """Mined candidates of a tuple set: query, positive and negatives, not yet scored."""
-    mining = recipe.data.tuples[tuples].mine
-    if mining is None:
-        raise ConfigError(f"data.tuples.{tuples} has no 'mine': nothing is mined for it")
-    scorers = {pool.scorer: _scorer_identity(recipe, pool.scorer) for pool in mining.pools}
+    """Candidates of a tuple set, not yet scored: mined, or read from files to be scored again."""
+    tuple_set = recipe.data.tuples[tuples]
+    name = f"{recipe.name}-{tuples}-candidates"
+    if tuple_set.read is not None:
+        return ArtifactRef("data", name, fingerprint(tuple_set.read, recipe.data.root))
+    mining = tuple_set.mine
+    assert mining is not None  # a tuple set has exactly one origin
+    scorers = {pool.scorer: scorer_identity(recipe, pool.scorer) for pool in mining.pools}
     digest = fingerprint(mining, recipe.data.sources[mining.source], recipe.data.root, scorers, recipe.seed)
-    return ArtifactRef("data", f"{recipe.name}-{tuples}-candidates", digest)
+    return ArtifactRef("data", name, digest)
 
 
 def tuples_ref(recipe: Recipe, tuples: str) -> ArtifactRef:
@@ -57,8 +60,9 @@ def tuples_ref(recipe: Recipe, tuples: str) -> ArtifactRef:
     else:
         origin = candidates_ref(recipe, tuples).version
     scoring = tuple_set.score
-    scorers = {name: _scorer_identity(recipe, name) for name in scoring.scorers} if scoring else {}
-    score_plain = scoring.model_dump(mode="json") if scoring else None
+    scorers = {name: scorer_identity(recipe, name) for name in scoring.scorers} if scoring else {}
+    parallel = {"workers", "cpus_per_worker", "gpus_per_worker"}
+    score_plain = scoring.model_dump(mode="json", exclude=parallel) if scoring else None
     return ArtifactRef("data", f"{recipe.name}-{tuples}", fingerprint(origin, score_plain, scorers))
 
 
@@ -146,7 +150,7 @@ def training_phase(recipe: Recipe, name: str) -> TrainPhase:
     raise ConfigError(f"no training phase {name!r}; there are: {names}")
 
 
-def _scorer_identity(recipe: Recipe, name: str) -> object:
+def scorer_identity(recipe: Recipe, name: str) -> dict[str, Any]:
     """A scorer's settings; one that is a model of this recipe stands for that model's version."""
     config = recipe.scorers[name]
     plain = config.model_dump(mode="json")

@@ -109,6 +109,9 @@ class Scoring(FrozenModel):
 
     scorers: dict[Name, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     normalize: bool = Field(True, description="store the ensemble min-max normalised per query")
+    workers: int = Field(1, ge=1, description="scorer actors; each holds all scorers")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
 
 
 class TupleSet(FrozenModel):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,7 +76,7 @@ def read_records(
         DataError: no such file, an unknown format, a missing column, or a value that is not a string.
     """
     columns = (*required, *optional)
-    rows = _parquet_rows(recipe, path, required, optional) if path.endswith(".parquet") else None
+    rows = parquet_rows(recipe, path, required, optional) if path.endswith(".parquet") else None
     if rows is None:
         if not path.endswith((".jsonl", ".json")):
             raise DataError(f"{path}: unknown format; a .parquet or .jsonl file is expected")
@@ -93,17 +95,53 @@ def read_records(
         yield number, {column: record.get(column) for column in columns}
 
 
-def data_filesystem(recipe: Recipe) -> tuple[fs.FileSystem, str]:
-    """The filesystem and folder that the recipe's relative data paths start from."""
-    root = recipe.data.root
-    if root.startswith("s3://"):
-        return open_store(recipe.storage.model_copy(update={"root": root})).arrow()
-    return fs.LocalFileSystem(), root
+def locate(recipe: Recipe, path: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a data path, and its path there.
+
+    Relative paths start from ``data.root``; absolute paths and s3:// addresses stand for themselves.
+    """
+    root, tail = recipe.data.root, path
+    if path.startswith("s3://"):
+        bucket, _, tail = path.removeprefix("s3://").partition("/")
+        root = f"s3://{bucket}"
+    elif path.startswith("/"):
+        return fs.LocalFileSystem(), path
+    if not root.startswith("s3://"):
+        return fs.LocalFileSystem(), f"{root.rstrip('/')}/{tail}"
+    filesystem, base = open_store(recipe.storage.model_copy(update={"root": root})).arrow()
+    return filesystem, f"{base.rstrip('/')}/{tail}"
 
 
-def _open(recipe: Recipe, path: str) -> pa.NativeFile:
-    filesystem, root = data_filesystem(recipe)
-    location = path if path.startswith("/") else f"{root.rstrip('/')}/{path}"
+def matching_files(recipe: Recipe, pattern: str) -> list[str]:
+    """Data paths that a pattern with ``*``, ``?`` or ``[…]`` stands for, sorted; ``*`` spans folders.
+
+    Raises:
+        DataError: no file matches.
+    """
+    first = min((pattern.find(sign) for sign in "*?[" if sign in pattern), default=-1)
+    if first < 0:
+        return [pattern]
+    folder = pattern[: pattern.rfind("/", 0, first) + 1]
+    filesystem, location = locate(recipe, folder)
+    selector = fs.FileSelector(location.rstrip("/") or "/", recursive=True, allow_not_found=True)
+    tails = [
+        info.path[len(selector.base_dir.rstrip("/")) + 1 :]
+        for info in filesystem.get_file_info(selector)
+        if info.type == fs.FileType.File
+    ]
+    found = sorted(folder + tail for tail in tails if fnmatch.fnmatchcase(folder + tail, pattern))
+    if not found:
+        raise DataError(f"no file matches {pattern!r} under data.root {recipe.data.root!r}")
+    return found
+
+
+def open_data(recipe: Recipe, path: str) -> pa.NativeFile:
+    """Opens a data file for reading; the caller closes it.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    filesystem, location = locate(recipe, path)
     try:
         return filesystem.open_input_file(location)
     except FileNotFoundError:
@@ -112,10 +150,15 @@ def _open(recipe: Recipe, path: str) -> pa.NativeFile:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def _parquet_rows(
-    recipe: Recipe, path: str, required: tuple[str, ...], optional: tuple[str, ...]
+def parquet_rows(
+    recipe: Recipe, path: str, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _open(recipe, path) as handle:
+    """Streams ``(row number from 1, record)`` of a Parquet file; values are as they are stored.
+
+    Raises:
+        DataError: no such file, not Parquet, or a required column is missing.
+    """
+    with open_data(recipe, path) as handle:
         try:
             file = pq.ParquetFile(handle)
         except pa.ArrowInvalid as error:
@@ -133,17 +176,32 @@ def _parquet_rows(
 
 
 def _jsonl_rows(recipe: Recipe, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _open(recipe, path) as handle:
-        for number, line in enumerate(handle.read().splitlines(), start=1):
-            if not line.strip():
-                continue
+    for number, line in text_lines(recipe, path):
+        if line.strip():
             try:
                 record = json.loads(line)
             except ValueError as error:
                 raise DataError(f"{path} row {number}: not JSON: {error}") from None
             if not isinstance(record, dict):
-                raise DataError(f"{path} row {number}: a JSON object is expected, not {type(record).__name__}")
+                raise DataError(
+                    f"{path} row {number}: a JSON object is expected, not {type(record).__name__}"
+                )
             yield number, record
+
+
+def text_lines(recipe: Recipe, path: str) -> Iterator[tuple[int, str]]:
+    """Streams ``(row number from 1, line without its end)`` of a UTF-8 file.
+
+    Raises:
+        DataError: no such file, or it is not UTF-8.
+    """
+    number = 0
+    with open_data(recipe, path) as handle, io.TextIOWrapper(handle, encoding="utf-8-sig") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                yield number, line.rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} after row {number}: not UTF-8: {error.reason}") from None
 
 
 def _insert(table: dict[str, str], key: str, text: str, path: str, row: int) -> None:
@@ -157,9 +215,7 @@ def _read_qrels(
 ) -> dict[str, dict[str, int]]:
     """Reads TSV labels: ``query-id corpus-id score``, or TREC's four columns; a header is skipped."""
     qrels: dict[str, dict[str, int]] = {}
-    with _open(recipe, path) as handle:
-        lines = handle.read().decode("utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    for number, line in text_lines(recipe, path):
         fields = line.split("\t") if "\t" in line else line.split()
         if not fields or (number == 1 and not fields[-1].lstrip("-").isdigit()):
             continue

@@ -87,9 +87,7 @@ class TopDocuments:
         columns = np.arange(first_document, first_document + scores.shape[1])
         self._merge(first_query, np.broadcast_to(columns, scores.shape), scores)
 
-    def merge_documents(
-        self, query: int, documents: Sequence[int], scores: NDArray[np.float32]
-    ) -> None:
+    def merge_documents(self, query: int, documents: Sequence[int], scores: NDArray[np.float32]) -> None:
         """Takes the scores of some documents, given by their positions, for one query."""
         if self._depth and len(documents):
             self._merge(query, np.asarray(documents, dtype=np.int64)[None], scores[None])

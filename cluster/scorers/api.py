@@ -120,7 +120,7 @@ class Scorer(ABC):
         """
         if self.source is None:
             raise ConfigError(
-                f"scorer {self.name!r} needs a labelled data source; tuples that are read from files have none"
+                f"scorer {self.name!r} needs a labelled data source; tuples read from files have none"
             )
         return self.source
 

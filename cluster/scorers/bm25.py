@@ -45,9 +45,7 @@ class Bm25Scorer(Scorer):
                     f"scorer {self.name!r}: source {self.require_source().name!r} has no document "
                     f"{error.args[0]!r}, a candidate of query {query!r}"
                 ) from None
-        return [
-            self._scores(text)[place] for text, place in zip(candidates.queries, places, strict=True)
-        ]
+        return [self._scores(text)[place] for text, place in zip(candidates.queries, places, strict=True)]
 
     def search(self, query_ids: Sequence[str], depth: int) -> Ranking:
         texts = query_texts(self.require_source(), query_ids)

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cluster.config import (
-    Bm25Scorer as Bm25Config,
-)
-from cluster.config import (
-    ColBERTScorer,
-    CrossEncoderScorer,
-    LabelScorer as LabelConfig,
-    Recipe,
-)
-from cluster.models import resolve_model
+from cluster import config as recipes
+from cluster.config import Recipe
+from cluster.models import ensure_base, load_model_ref, resolve_model
 from cluster.registry import Registry
 from cluster.scorers.api import Ensemble, Scorer
 from cluster.scorers.bm25 import Bm25Scorer
@@ -39,13 +32,13 @@ def build_scorer(recipe: Recipe, name: str, source: LabelledSource | None, regis
         ModelError: the model cannot be loaded.
     """
     config = recipe.scorers[name]
-    if isinstance(config, Bm25Config):
+    if isinstance(config, recipes.Bm25Scorer):
         return Bm25Scorer(name, config, source)
-    if isinstance(config, LabelConfig):
+    if isinstance(config, recipes.LabelScorer):
         return LabelScorer(name, source)
-    if isinstance(config, CrossEncoderScorer):
+    if isinstance(config, recipes.CrossEncoderScorer):
         return CrossEncoder(name, config, source)
-    if isinstance(config, ColBERTScorer):
+    if isinstance(config, recipes.ColBERTScorer):
         return VectorScorer(name, source, ColBERTEncoder(load_colbert(recipe, config.model, registry)))
     return VectorScorer(name, source, PooledEncoder.load(config))
 
@@ -53,12 +46,16 @@ def build_scorer(recipe: Recipe, name: str, source: LabelledSource | None, regis
 def load_colbert(recipe: Recipe, spec: str, registry: Registry) -> ColBERT:
     """A ColBERT model: 'base', a phase, 'averaged', NAME@VERSION-or-alias, a directory or a hub id.
 
+    The recipe's base is made if it does not exist yet.
+
     Raises:
         ArtifactNotFound: the recipe's model is not published yet, or there is no such version or alias.
         ModelError: the directory or hub id holds no ColBERT model.
     """
-    if "@" in spec or spec in ("base", "averaged", *(phase.name for phase in recipe.train)):
-        return load_model(registry.pull(resolve_model(recipe, registry, spec)))
+    if spec == "base":
+        return load_model_ref(registry, ensure_base(recipe, registry))
+    if "@" in spec or spec in ("averaged", *(phase.name for phase in recipe.train)):
+        return load_model_ref(registry, resolve_model(recipe, registry, spec))
     return load_model(spec)
 
 

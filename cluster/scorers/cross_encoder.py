@@ -38,7 +38,8 @@ class CrossEncoder(Scorer):
             raise ModelError(f"{config.model}: no sequence classification model: {error}") from error
         if model.config.num_labels not in (1, 2):
             raise ConfigError(
-                f"scorer {name!r}: {config.model} has {model.config.num_labels} classes; a cross-encoder has 1 or 2"
+                f"scorer {name!r}: {config.model} has {model.config.num_labels} classes; "
+                "a cross-encoder has 1 or 2"
             )
         check_positions(model, config.max_length, config.model)
         self._model = model.to(best_device()).eval()
@@ -78,7 +79,7 @@ class CrossEncoder(Scorer):
         pad = self._tokenizer.pad_token_id or 0
         device = self._model.device
         found = []
-        for part in TokenBudgetBatches(whole_batch(ids), TOKEN_BUDGET, pad):
+        for part in TokenBudgetBatches(whole_batch(ids), TOKEN_BUDGET, pad, device):
             given = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
             if types is not None:
                 segment = torch.zeros_like(part.input_ids)
@@ -100,7 +101,9 @@ class CrossEncoder(Scorer):
         whole = self._tokenizer(queries, documents, verbose=False)
         ids, types = whole["input_ids"], whole.get("token_type_ids")
         long = [i for i, row in enumerate(ids) if len(row) > self._max_length]
-        for strategy, rows in zip(("only_second", "longest_first"), self._by_query_length(pairs, long), strict=True):
+        for strategy, rows in zip(
+            ("only_second", "longest_first"), self._by_query_length(pairs, long), strict=True
+        ):
             if not rows:
                 continue
             cut = self._tokenizer(
@@ -123,7 +126,8 @@ class CrossEncoder(Scorer):
         if not long:
             return [], []
         lengths = self._tokenizer([pairs[i][0] for i in long], add_special_tokens=False, verbose=False)
-        ordinary, overlong = [], []
+        ordinary: list[int] = []
+        overlong: list[int] = []
         for i, row in zip(long, lengths["input_ids"], strict=True):
             (overlong if len(row) > self._max_length // 2 else ordinary).append(i)
         self._truncated_queries += len(overlong)

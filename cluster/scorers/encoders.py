@@ -222,17 +222,17 @@ class PooledEncoder:
         ids, cut = tokenized(self.tokenizer, texts, self.max_length)
         self._truncated[side] += cut
         pad = self.tokenizer.pad_token_id or 0
-        batches = TokenBudgetBatches(whole_batch(ids), TOKEN_BUDGET, pad)
         device, width = self.model.device, int(self.model.config.hidden_size)
+        batches = TokenBudgetBatches(whole_batch(ids), TOKEN_BUDGET, pad, device)
         total = int(batches.lengths.sum()) if self.pooling == "tokens" else len(texts)
         result = torch.empty(total, width)
         for part in batches:
-            mask = part.attention_mask.to(device)
+            mask = part.attention_mask
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._autocast):
-                output = self.model(input_ids=part.input_ids.to(device), attention_mask=mask)
+                output = self.model(input_ids=part.input_ids, attention_mask=mask)
             states = output.last_hidden_state.float()
             if self.pooling == "tokens":
-                result[part.rows] = F.normalize(states[part.score.to(device)], dim=-1).cpu()
+                result[part.rows] = F.normalize(states[part.score], dim=-1).cpu()
                 continue
             if self.pooling == "mean":
                 pooled = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
@@ -249,7 +249,9 @@ def tokenized(
     """Token ids with specials, cut to ``max_length``; and how many texts were cut."""
     if not texts:
         return [], 0
-    ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
+        "input_ids"
+    ]
     long = [i for i, row in enumerate(ids) if len(row) > max_length]
     if long:
         cut = tokenizer([texts[i] for i in long], truncation=True, max_length=max_length)["input_ids"]

@@ -1,0 +1,199 @@
+"""The teacher at work: candidates in, scored tuples out, part by part over Ray Data actors."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+
+from cluster.artifacts import ArtifactRef
+from cluster.config import Recipe, Scoring
+from cluster.parts import read_part, write_part
+from cluster.registry import Registry, StagedArtifact
+from cluster.scorers import Candidates, build_ensemble, minmax
+from cluster.scorers.progress import progress
+from cluster.sources import load_source
+from cluster.tuples import Row, check_row
+from colbert_core.errors import ObjectNotFound, RaycolbertError
+
+
+@dataclass
+class TeacherCounts:
+    """What the teacher thinks of the positives.
+
+    Attributes:
+        tuples: tuples counted.
+        documents: documents in them.
+        positive_first: tuples whose first document, the positive, no other one outscores.
+        no_opinion: tuples whose documents all have the same score.
+        scorers: counts of the scorers, such as truncated texts.
+    """
+
+    tuples: int = 0
+    documents: int = 0
+    positive_first: int = 0
+    no_opinion: int = 0
+    scorers: dict[str, float] = field(default_factory=dict)
+
+    def add(self, row: Row) -> None:
+        scores = row["scores"]
+        self.tuples += 1
+        self.documents += len(scores)
+        self.positive_first += scores[0] >= max(scores)
+        self.no_opinion += min(scores) == max(scores)
+
+    def merge(self, other: TeacherCounts) -> None:
+        for item in fields(self):
+            if item.name != "scorers":
+                setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+        for key, value in other.scorers.items():
+            self.scorers[key] = self.scorers.get(key, 0.0) + value
+
+    def metrics(self) -> dict[str, float]:
+        """Flat figures for a report."""
+        return {
+            "tuples": float(self.tuples),
+            "documents": float(self.documents),
+            "positive_first": self.positive_first / self.tuples if self.tuples else 0.0,
+            "no_opinion": self.no_opinion / self.tuples if self.tuples else 0.0,
+            **self.scorers,
+        }
+
+
+def counted(rows: Iterable[Row], counts: TeacherCounts) -> Iterator[Row]:
+    """Passes rows on and counts them."""
+    for row in rows:
+        counts.add(row)
+        yield row
+
+
+def score_parts(
+    recipe: Recipe,
+    tuples: str,
+    scoring: Scoring,
+    candidates: ArtifactRef,
+    paths: Sequence[str],
+    staged: StagedArtifact,
+) -> TeacherCounts:
+    """Scores the parts of published candidates that are not uploaded yet, over a pool of scorer actors.
+
+    A part is scored by one actor, a row group at a time, and uploaded under the same name. Needs a
+    running Ray.
+
+    Returns:
+        The counts of all parts, those of an earlier, killed job included.
+    """
+    done = staged.parts()
+    missing = [path for path in paths if path not in done]
+    if missing:
+        dataset = ray.data.from_items([{"path": path} for path in missing], override_num_blocks=len(missing))
+        results = dataset.map_batches(
+            PartScorer,
+            fn_constructor_args=(recipe, tuples, scoring, candidates, staged),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=min(scoring.workers, len(missing))),
+            num_cpus=scoring.cpus_per_worker,
+            num_gpus=scoring.gpus_per_worker,
+        )
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        with progress() as bar:
+            task = bar.add_task(
+                f"{tuples}: parts scored", total=len(paths), completed=len(paths) - len(missing)
+            )
+            try:
+                for _ in results.iter_rows():
+                    bar.advance(task)
+            except ray.exceptions.RayError as error:
+                raise _typed(error) from None
+    total = TeacherCounts()
+    store = staged.store
+    for path in paths:
+        key = _counts_key(staged.ref, path)
+        try:
+            total.merge(TeacherCounts(**json.loads(store.get(key))))
+        except ObjectNotFound:
+            continue
+    return total
+
+
+class PartScorer:
+    """An actor that scores parts; it builds its scorers once."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tuples: str,
+        scoring: Scoring,
+        candidates: ArtifactRef,
+        staged: StagedArtifact,
+    ) -> None:
+        torch.set_num_threads(max(1, int(scoring.cpus_per_worker)))
+        self._registry = Registry.open(recipe.storage)
+        mining = recipe.data.tuples[tuples].mine
+        source = load_source(recipe, mining.source) if mining else None
+        self._scorer = build_ensemble(recipe, tuples, scoring.scorers, source, self._registry)
+        self._normalize = scoring.normalize
+        self._candidates = candidates
+        self._staged = staged
+
+    def __call__(self, batch: Any) -> Any:
+        for path in batch["path"].to_pylist():
+            self._score(path)
+        return batch
+
+    def _score(self, path: str) -> None:
+        counts = TeacherCounts()
+        before = self._scorer.statistics()
+        rows: list[Row] = []
+        for group in read_part(self._registry, self._candidates, path):
+            rows += self._scored(group, path, len(rows))
+        for row in rows:
+            counts.add(row)
+        after = self._scorer.statistics()
+        counts.scorers = {key: value - before.get(key, 0.0) for key, value in after.items()}
+        # The counts go first: a part that is recorded as uploaded has its counts.
+        self._staged.store.put(_counts_key(self._staged.ref, path), json.dumps(asdict(counts)).encode())
+        with tempfile.TemporaryDirectory(prefix="raycolbert-teacher-") as folder:
+            local = Path(folder) / path
+            write_part(local, rows, scored=True)
+            self._staged.upload(path, local)
+
+    def _scored(self, group: list[Row], path: str, first: int) -> list[Row]:
+        scores = self._scorer.score_candidates(
+            Candidates(
+                [row["query_id"] for row in group],
+                [row["query"] for row in group],
+                [row["document_ids"] for row in group],
+                [row["documents"] for row in group],
+            )
+        )
+        found = []
+        for number, (row, values) in enumerate(zip(group, scores, strict=True), start=first + 1):
+            final = minmax(values) if self._normalize else values
+            scored = row | {"scores": np.asarray(final, dtype=np.float32).tolist()}
+            found.append(check_row(scored, f"{self._candidates} {path} row {number}"))
+        return found
+
+
+def _counts_key(ref: ArtifactRef, path: str) -> str:
+    return f"scoring/{ref.name}/{ref.version}/{path}.json"
+
+
+def _typed(error: BaseException) -> BaseException:
+    """The typed error that an actor raised, if it is one; else the error as it is."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, RaycolbertError):
+            return seen
+        cause = getattr(seen, "cause", None)
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__
+    return error

@@ -1,0 +1,66 @@
+"""Mines hard negatives: candidates for every tuple set of the recipe that asks for them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from cluster.artifacts import candidates_ref
+from cluster.config import Mining, Recipe
+from cluster.mining import candidate_rows, mine
+from cluster.parts import upload_parts
+from cluster.registry import Registry
+from cluster.report import Report
+from cluster.scorers import build_scorer
+from cluster.sources import load_source
+from jobs.launch import main
+
+
+def run(recipe: Recipe) -> Report:
+    """Publishes ``data/<recipe>-<tuples>-candidates`` for each tuple set with ``mine``.
+
+    Raises:
+        DataError: a source is malformed, or too small for the tuples asked for.
+        ConfigError: a pool's scorer cannot search.
+    """
+    report = Report(job="mine_negatives", recipe=recipe.name)
+    registry = Registry.open(recipe.storage)
+    for name, tuple_set in recipe.data.tuples.items():
+        if tuple_set.mine is None:
+            continue
+        ref = candidates_ref(recipe, name)
+        if registry.exists(ref):
+            report.skipped.append(str(ref))
+            continue
+        _mine(recipe, name, tuple_set.mine, registry, report)
+        report.artifacts.append(str(ref))
+    return report
+
+
+def _mine(recipe: Recipe, name: str, config: Mining, registry: Registry, report: Report) -> None:
+    ref = candidates_ref(recipe, name)
+    staged = registry.staging(ref)
+    with report.timed(f"{name}: source"):
+        source = load_source(recipe, config.source)
+    with report.timed(f"{name}: mining"):
+        scorers = {
+            scorer: build_scorer(recipe, scorer, source, registry)
+            for scorer in dict.fromkeys(pool.scorer for pool in config.pools)
+        }
+        mined = mine(source, config, scorers)
+    with report.timed(f"{name}: writing"):
+        counts = upload_parts(staged, candidate_rows(source, mined), scored=False)
+    metrics = {key: float(value) for key, value in asdict(mined.counts).items()}
+    for scorer_name, scorer in scorers.items():
+        metrics.update({f"{scorer_name}/{key}": value for key, value in scorer.statistics().items()})
+    staged.commit(
+        expected=list(counts),
+        recipe=recipe.model_dump(mode="json"),
+        fingerprint=ref.version,
+        metrics=metrics,
+        extra={"rows": counts, "nway": mined.documents.shape[1]},
+    )
+    report.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
+
+
+if __name__ == "__main__":
+    main("mine_negatives", run)

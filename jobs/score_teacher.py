@@ -1,0 +1,112 @@
+"""Scores candidates with the teacher, or brings an existing training set into native form."""
+
+from __future__ import annotations
+
+from cluster.artifacts import ArtifactRef, candidates_ref, tuples_ref
+from cluster.config import Recipe, Scoring, TupleFiles
+from cluster.manifest import Parent
+from cluster.parts import upload_parts
+from cluster.ray_session import ray_session
+from cluster.registry import Registry
+from cluster.report import Report
+from cluster.teacher import TeacherCounts, counted, score_parts
+from cluster.tuples import read_tuples
+from colbert_core.errors import ArtifactNotFound
+from jobs.launch import main
+
+
+def run(recipe: Recipe) -> Report:
+    """Publishes ``data/<recipe>-<tuples>`` for each tuple set.
+
+    Mined candidates are scored by the ensemble of ``score``. Files under ``read`` are taken with the
+    scores they have, or scored again if the set has ``score``.
+
+    Raises:
+        ArtifactNotFound: a set's candidates are not mined yet.
+        DataError: files are malformed.
+        ConfigError: a scorer needs a labelled source, which files do not have.
+    """
+    report = Report(job="score_teacher", recipe=recipe.name)
+    registry = Registry.open(recipe.storage)
+    for name, tuple_set in recipe.data.tuples.items():
+        ref = tuples_ref(recipe, name)
+        if registry.exists(ref):
+            report.skipped.append(str(ref))
+            continue
+        if tuple_set.read is not None and tuple_set.score is None:
+            _convert(recipe, name, tuple_set.read, registry, report)
+        else:
+            assert tuple_set.score is not None  # a mined set has one, the config says
+            if tuple_set.read is not None:
+                _candidates_from_files(recipe, name, tuple_set.read, registry, report)
+            _score(recipe, name, tuple_set.score, registry, report)
+        report.artifacts.append(str(ref))
+    return report
+
+
+def _convert(recipe: Recipe, name: str, files: TupleFiles, registry: Registry, report: Report) -> None:
+    """Publishes tuples with the scores that their files hold."""
+    ref, counts = tuples_ref(recipe, name), TeacherCounts()
+    staged = registry.staging(ref)
+    with report.timed(f"{name}: reading"):
+        rows = upload_parts(staged, counted(read_tuples(recipe, files), counts), scored=True)
+    metrics = counts.metrics()
+    staged.commit(
+        expected=list(rows),
+        recipe=recipe.model_dump(mode="json"),
+        fingerprint=ref.version,
+        metrics=metrics,
+        extra={"rows": rows},
+    )
+    report.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
+
+
+def _candidates_from_files(
+    recipe: Recipe, name: str, files: TupleFiles, registry: Registry, report: Report
+) -> None:
+    """Publishes the tuples of files as candidates, if they are not yet."""
+    ref = candidates_ref(recipe, name)
+    if registry.exists(ref):
+        report.skipped.append(str(ref))
+        return
+    staged = registry.staging(ref)
+    with report.timed(f"{name}: reading"):
+        rows = upload_parts(staged, read_tuples(recipe, files), scored=False)
+    staged.commit(
+        expected=list(rows),
+        recipe=recipe.model_dump(mode="json"),
+        fingerprint=ref.version,
+        extra={"rows": rows},
+    )
+    report.artifacts.append(str(ref))
+
+
+def _score(recipe: Recipe, name: str, scoring: Scoring, registry: Registry, report: Report) -> None:
+    ref, candidates = tuples_ref(recipe, name), candidates_ref(recipe, name)
+    rows = _published_rows(registry, candidates, name)
+    staged = registry.staging(ref)
+    with report.timed(f"{name}: scoring"), ray_session(recipe):
+        counts = score_parts(recipe, name, scoring, candidates, list(rows), staged)
+    metrics = counts.metrics()
+    staged.commit(
+        expected=list(rows),
+        parents=[Parent(candidates)],
+        recipe=recipe.model_dump(mode="json"),
+        fingerprint=ref.version,
+        metrics=metrics,
+        extra={"rows": rows},
+    )
+    report.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
+
+
+def _published_rows(registry: Registry, candidates: ArtifactRef, name: str) -> dict[str, int]:
+    """Rows by part of published candidates."""
+    if not registry.exists(candidates):
+        raise ArtifactNotFound(f"data.tuples.{name}: {candidates} does not exist; run mine_negatives first")
+    rows = registry.manifest(candidates).extra["rows"]
+    assert isinstance(rows, dict)
+    return {path: int(str(count)) for path, count in rows.items()}
+
+
+if __name__ == "__main__":
+    main("score_teacher", run)
