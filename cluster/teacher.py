@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -94,6 +95,9 @@ def score_parts(
     done = staged.parts()
     missing = [path for path in paths if path not in done]
     if missing:
+        # The job shows its own bar, in parts; Ray Data's log of blocks says nothing to its user.
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         dataset = ray.data.from_items([{"path": path} for path in missing], override_num_blocks=len(missing))
         results = dataset.map_batches(
             PartScorer,
@@ -104,7 +108,6 @@ def score_parts(
             num_cpus=scoring.cpus_per_worker,
             num_gpus=scoring.gpus_per_worker,
         )
-        ray.data.DataContext.get_current().enable_progress_bars = False
         with progress() as bar:
             task = bar.add_task(
                 f"{tuples}: parts scored", total=len(paths), completed=len(paths) - len(missing)

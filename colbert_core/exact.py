@@ -218,7 +218,7 @@ def exact_pair_scores(
     rows = rows.to(queries.vectors.device)
     best = torch.full((len(rows),), -torch.inf, device=queries.vectors.device)
     present, first_pair = np.unique(document_of[order], return_index=True)
-    for document, begin, end in zip(present, first_pair, [*first_pair[1:], len(order)], strict=True):
+    for document, begin, end in zip(present, first_pair, np.append(first_pair, len(order))[1:], strict=True):
         vectors = documents[int(document)]
         span = slice(int(starts[begin]), int(ends[end - 1]))
         if len(vectors) and span.stop > span.start:

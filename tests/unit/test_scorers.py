@@ -1,0 +1,384 @@
+"""Scorers against their definitions: BM25's formula, pooled states, MaxSim, pair logits, min-max means."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from cluster.config import BiEncoderScorer, Bm25Scorer, CrossEncoderScorer, Scorer, TokenMaxSimScorer
+from cluster.registry import Registry
+from cluster.scorers import (
+    Candidates,
+    Ensemble,
+    build_ensemble,
+    build_scorer,
+    combine,
+    cross_encoder,
+    encoders,
+    minmax,
+)
+from cluster.scorers import Scorer as ScorerBase
+from cluster.scorers.encoders import PooledEncoder, VectorCache, VectorScorer
+from cluster.sources import LabelledSource
+from colbert_core.encoder import ColBERT
+from colbert_core.errors import ConfigError, DataError, ModelError, NonFiniteError
+from colbert_core.formats import save_model
+from colbert_core.vectors import RaggedVectors
+from tests.tiny_data import data_recipe
+from tests.tiny_models import tiny_bert_dir, tiny_xlmr_dir
+
+CORPUS = {
+    "d1": "the cat on the mountain",
+    "d2": "the dog and the cat and the river",
+    "d0": "blue train",
+    "d9": "blue train",
+    "d5": "music",
+}
+QUERIES = {"q1": "cat mountain", "q2": "blue blue train", "q3": "paper"}
+SOURCE = LabelledSource("words", CORPUS, QUERIES, {"q1": {"d1": 1}, "q2": {"d9": 2}})
+
+
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 depends on the processor; the definitions are checked in fp32."""
+    for module in (encoders, cross_encoder):
+        monkeypatch.setattr(module, "bf16_is_fast", lambda _: False)
+
+
+def build(config: Scorer, tmp_path: Path, source: LabelledSource | None = SOURCE) -> ScorerBase:
+    recipe = data_recipe(tmp_path, scorers={"it": config.model_dump()})
+    return build_scorer(recipe, "it", source, Registry.open(recipe.storage))
+
+
+def bm25_by_formula(query: str, k1: float, b: float) -> dict[str, float]:
+    """Lucene's BM25, term by term."""
+    texts = {name: text.split() for name, text in CORPUS.items()}
+    average = sum(map(len, texts.values())) / len(texts)
+    scores = {}
+    for name, words in texts.items():
+        counts, total = Counter(words), 0.0
+        for term in query.split():
+            df = sum(term in other for other in texts.values())
+            idf = math.log(1 + (len(texts) - df + 0.5) / (df + 0.5))
+            tf = counts[term]
+            total += idf * tf / (tf + k1 * (1 - b + b * len(words) / average))
+        scores[name] = total
+    return scores
+
+
+@pytest.mark.parametrize(("k1", "b"), [(0.9, 0.4), (1.5, 0.75)])
+def test_bm25_is_the_formula(tmp_path: Path, k1: float, b: float) -> None:
+    scorer = build(Bm25Scorer(kind="bm25", tokenizer="whitespace", k1=k1, b=b), tmp_path)
+    ids = list(CORPUS)
+    for query, row in zip(QUERIES, scorer.score(list(QUERIES), [ids] * 3), strict=True):
+        expected = bm25_by_formula(QUERIES[query], k1, b)
+        np.testing.assert_allclose(row, [expected[i] for i in ids], rtol=1e-5)
+        assert row.dtype == np.float32
+    assert not scorer.score(["q3"], [ids])[0].any()
+
+
+def test_bm25_search_orders_ties_by_id_and_equals_its_scores(tmp_path: Path) -> None:
+    scorer = build(Bm25Scorer(kind="bm25", tokenizer="whitespace"), tmp_path)
+    ranking = scorer.search(["q2", "q3", "q1"], 3)
+    # d0 and d9 are the same text; of the rest, which scores 0, the first ids follow.
+    assert [document for document, _ in ranking[0]] == ["d0", "d9", "d1"]
+    assert [document for document, _ in ranking[1]] == ["d0", "d1", "d2"]
+    assert ranking[2][0][0] == "d1"
+    scores = scorer.score(["q2"], [["d0", "d9", "d1"]])[0]
+    assert [score for _, score in ranking[0]] == scores.tolist()
+
+
+def test_bm25_reads_japanese_words_width_and_case(tmp_path: Path) -> None:
+    corpus = {"a": "日本の首都は東京である。", "b": "ＤＯＧは犬のことである。", "c": "京都の大学"}
+    source = LabelledSource("ja", corpus, {"1": "東京", "2": "dog", "3": "都"}, {"1": {"a": 1}})
+    scorer = build(Bm25Scorer(kind="bm25"), tmp_path, source)
+    scores = scorer.score(["1", "2", "3"], [["a", "b", "c"]] * 3)
+    # 東京 is a word of a only, and no part of it matches 京都; full-width letters are folded.
+    assert scores[0][0] > 0 == scores[0][1] == scores[0][2]
+    assert scores[1][1] > 0 == scores[1][0]
+    assert not scores[2].any()
+
+
+def test_unknown_ids_are_errors_that_name_them(tmp_path: Path) -> None:
+    scorer = build(Bm25Scorer(kind="bm25", tokenizer="whitespace"), tmp_path)
+    with pytest.raises(DataError, match="no document 'nope', a candidate of query 'q1'"):
+        scorer.score(["q1"], [["d1", "nope"]])
+    with pytest.raises(DataError, match="no query 'q7'"):
+        scorer.search(["q7"], 1)
+    foreign = Candidates(["q1"], ["cat"], [["nope"]], [["text"]])
+    with pytest.raises(DataError, match="no document 'nope'"):
+        scorer.checked(foreign)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert_dir(tmp_path_factory.mktemp("models") / "bert")
+
+
+def last_states(directory: Path, text: str) -> torch.Tensor:
+    """Hidden states of one text, run alone."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModel.from_pretrained(directory).eval()
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("kind", [tiny_bert_dir, tiny_xlmr_dir])
+def test_bi_encoder_is_the_cosine_of_pooled_states(tmp_path: Path, pooling: str, kind: object) -> None:
+    directory = kind(tmp_path / "model")  # type: ignore[operator]
+    scorer = build(
+        BiEncoderScorer(
+            kind="bi_encoder",
+            model=str(directory),
+            pooling=pooling,  # type: ignore[arg-type]
+            query_prefix="query: ",
+            document_prefix="document: ",
+        ),
+        tmp_path,
+    )
+    ids = list(CORPUS)
+    scores = scorer.score(["q1"], [ids])[0]
+
+    def pooled(text: str) -> torch.Tensor:
+        states = last_states(directory, text)
+        return states.mean(dim=0) if pooling == "mean" else states[0]
+
+    query = pooled("query: " + QUERIES["q1"])
+    expected = [float(torch.cosine_similarity(query, pooled("document: " + CORPUS[i]), dim=0)) for i in ids]
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_token_maxsim_takes_all_raw_token_states(bert: Path, tmp_path: Path) -> None:
+    scorer = build(TokenMaxSimScorer(kind="token_maxsim", model=str(bert)), tmp_path)
+    normalize = torch.nn.functional.normalize
+    query = normalize(last_states(bert, QUERIES["q1"]), dim=-1)
+    expected = [
+        float((query @ normalize(last_states(bert, text), dim=-1).T).max(dim=1).values.sum())
+        for text in CORPUS.values()
+    ]
+    np.testing.assert_allclose(scorer.score(["q1"], [list(CORPUS)])[0], expected, rtol=1e-4)
+
+
+def test_colbert_scorer_agrees_with_the_model(bert: Path, tmp_path: Path) -> None:
+    recipe = data_recipe(tmp_path)
+    model = ColBERT.create(bert, recipe.model.colbert)
+    save_model(model, tmp_path / "colbert")
+    recipe = data_recipe(tmp_path, scorers={"it": {"kind": "colbert", "model": str(tmp_path / "colbert")}})
+    scorer = build_scorer(recipe, "it", SOURCE, Registry.open(recipe.storage))
+    query = model.encode_queries([QUERIES["q1"]])[0]
+    documents = model.encode_documents(list(CORPUS.values()))
+    expected = [float((query @ vectors.T).max(dim=1).values.sum()) for vectors in documents]
+    np.testing.assert_allclose(scorer.score(["q1"], [list(CORPUS)])[0], expected, rtol=1e-4)
+    best = list(CORPUS)[int(np.argmax(expected))]
+    assert scorer.search(["q1"], 1)[0][0][0] == best
+
+
+def test_search_and_score_agree_for_encoders(bert: Path, tmp_path: Path) -> None:
+    scorer = build(TokenMaxSimScorer(kind="token_maxsim", model=str(bert)), tmp_path)
+    for query, hits in zip(QUERIES, scorer.search(list(QUERIES), 5), strict=True):
+        assert len(hits) == 5
+        scores = scorer.score([query], [[document for document, _ in hits]])[0]
+        np.testing.assert_allclose(scores, [score for _, score in hits], rtol=1e-5)
+        assert hits == sorted(hits, key=lambda hit: (-hit[1], hit[0]))
+
+
+def test_long_texts_are_cut_and_counted(bert: Path, tmp_path: Path) -> None:
+    config = BiEncoderScorer(kind="bi_encoder", model=str(bert), max_length=6)
+    encoder = PooledEncoder.load(config)
+    vectors = encoder.documents(["cat dog river", "cat dog river mountain city train"]).vectors
+    assert encoder.truncated() == (0, 1)
+    # [CLS] and [SEP] stay: four words are left.
+    torch.testing.assert_close(vectors[1:], encoder.queries(["cat dog river mountain"]).vectors)
+    with pytest.raises(ConfigError, match=r"max_length is 600, but .* has 512 positions"):
+        build(BiEncoderScorer(kind="bi_encoder", model=str(bert), max_length=600), tmp_path)
+
+
+class CountingEncoder:
+    """Encodes a text as its length, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, texts: list[str]) -> RaggedVectors:
+        self.asked += texts
+        return RaggedVectors(
+            torch.tensor([[float(len(text))] for text in texts]).view(-1, 1),
+            torch.ones(len(texts), dtype=torch.int64),
+        )
+
+
+def test_the_cache_encodes_a_text_once_and_stays_within_its_limit() -> None:
+    encode = CountingEncoder()
+    cache = VectorCache(encode, limit=3 * 4)
+    assert cache.vectors(["a", "bb", "a"]).vectors.flatten().tolist() == [1.0, 2.0, 1.0]
+    assert cache.vectors(["bb", "ccc"]).vectors.flatten().tolist() == [2.0, 3.0]
+    assert encode.asked == ["a", "bb", "ccc"]
+    # A fourth text drops the least recently used, "a".
+    cache.vectors(["dddd"])
+    assert cache.vectors(["bb", "ccc", "dddd"]).vectors.flatten().tolist() == [2.0, 3.0, 4.0]
+    assert encode.asked == ["a", "bb", "ccc", "dddd"]
+    cache.vectors(["a"])
+    assert encode.asked[-1] == "a"
+    assert len(cache.vectors([])) == 0
+
+
+def pair_logits(directory: Path, query: str, document: str, **cut: object) -> NDArray[np.float32]:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    with torch.no_grad():
+        return model(**tokenizer(query, document, return_tensors="pt", **cut)).logits[0].numpy()
+
+
+def opinionated_cross_encoder(directory: Path, bert: Path, classes: int) -> Path:
+    """A random cross-encoder whose weights are large enough to tell pairs apart."""
+    config = BertConfig.from_pretrained(bert, num_labels=classes, initializer_range=0.4)
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(directory)
+    return directory
+
+
+def test_cross_encoder_scores_each_pair_and_cuts_the_document_only(tmp_path: Path, bert: Path) -> None:
+    directory = opinionated_cross_encoder(tmp_path / "cross", bert, 1)
+    corpus = CORPUS | {"long": "red green fast slow search index model token query document"}
+    source = LabelledSource("words", corpus, QUERIES | {"wordy": "cat dog river mountain city train"}, {})
+    config = CrossEncoderScorer(kind="cross_encoder", model=str(directory), max_length=10)
+    scorer = build(config, tmp_path, source)
+    scores = scorer.score(["q1", "q2"], [["d1", "long"], ["d5"]])
+    cut = {"truncation": "only_second", "max_length": 10}
+    expected = [
+        pair_logits(directory, QUERIES["q1"], corpus["d1"])[0],
+        pair_logits(directory, QUERIES["q1"], corpus["long"], **cut)[0],
+        pair_logits(directory, QUERIES["q2"], corpus["d5"])[0],
+    ]
+    np.testing.assert_allclose(np.concatenate(scores), expected, atol=1e-4)
+    assert len({round(float(score), 3) for score in expected}) == 3
+    assert scorer.statistics() == {"truncated_queries": 0, "truncated_documents": 1}
+    # A query that fills more than half of the room is cut too, and the document is not lost.
+    overlong = scorer.score(["wordy"], [["long"]])[0]
+    cut["truncation"] = "longest_first"
+    expected_overlong = pair_logits(directory, source.queries["wordy"], corpus["long"], **cut)
+    np.testing.assert_allclose(overlong, expected_overlong, atol=1e-4)
+    assert scorer.statistics() == {"truncated_queries": 1, "truncated_documents": 2}
+    with pytest.raises(ConfigError, match="scorer 'it' cannot search"):
+        scorer.search(["q1"], 1)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_two_classes_are_a_margin_and_three_are_refused(tmp_path: Path, bert: Path, classes: int) -> None:
+    directory = opinionated_cross_encoder(tmp_path / "cross", bert, classes)
+    settings = CrossEncoderScorer(kind="cross_encoder", model=str(directory), max_length=32)
+    if classes == 3:
+        with pytest.raises(ConfigError, match="has 3 classes; a cross-encoder has 1 or 2"):
+            build(settings, tmp_path)
+        return
+    scores = build(settings, tmp_path).score(["q1"], [["d2", "d5"]])[0]
+    logits = [pair_logits(directory, QUERIES["q1"], CORPUS[document]) for document in ("d2", "d5")]
+    np.testing.assert_allclose(scores, [row[1] - row[0] for row in logits], atol=1e-4)
+
+
+def test_models_that_are_not_there_are_typed_errors(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nothing")
+    for config in (
+        CrossEncoderScorer(kind="cross_encoder", model=nowhere),
+        BiEncoderScorer(kind="bi_encoder", model=nowhere),
+    ):
+        with pytest.raises(ModelError, match="nothing"):
+            build(config, tmp_path)
+
+
+class Fixed(ScorerBase):
+    """Scores from a table; it cannot search."""
+
+    def __init__(self, table: dict[str, float]) -> None:
+        super().__init__("fixed", SOURCE)
+        self.table = table
+
+    def score_candidates(self, candidates: Candidates) -> list[NDArray[np.float32]]:
+        return [
+            np.asarray([self.table[document] for document in ids], dtype=np.float32)
+            for ids in candidates.document_ids
+        ]
+
+
+def test_minmax_and_the_weighted_mean() -> None:
+    assert minmax(np.asarray([3.0, 1.0, 2.0], dtype=np.float32)).tolist() == [1.0, 0.0, 0.5]
+    assert minmax(np.asarray([7.0, 7.0], dtype=np.float32)).tolist() == [0.0, 0.0]
+    assert len(minmax(np.zeros(0, dtype=np.float32))) == 0
+    rows = {
+        "a": [np.asarray([0.0, 10.0, 5.0], dtype=np.float32)],
+        "b": [np.asarray([-1.0, -3.0, -1.0], dtype=np.float32)],
+        "flat": [np.asarray([4.0, 4.0, 4.0], dtype=np.float32)],
+    }
+    combined = combine(rows, {"a": 1.0, "b": 2.0, "flat": 1.0})[0]
+    np.testing.assert_allclose(combined, [(0 + 2) / 4, (1 + 0) / 4, (0.5 + 2) / 4])
+
+
+def test_an_ensemble_searches_the_union_and_scores_it_with_all(tmp_path: Path) -> None:
+    bm25 = build(Bm25Scorer(kind="bm25", tokenizer="whitespace"), tmp_path)
+    table = {"d0": 0.0, "d1": 1.0, "d2": 9.0, "d5": 5.0, "d9": 2.0}
+    ensemble = Ensemble("both", SOURCE, {"bm25": (bm25, 1.0), "fixed": (Fixed(table), 3.0)})
+    # BM25 alone finds d0 and d9, and gives them the same score: the other member decides.
+    assert [document for document, _ in ensemble.search(["q2"], 2)[0]] == ["d9", "d0"]
+    alone = Ensemble("one", SOURCE, {"fixed": (Fixed(table), 3.0)})
+    assert alone.score(["q1"], [["d2", "d5"]])[0].tolist() == [9.0, 5.0]
+    with pytest.raises(ConfigError, match="none of its scorers can search"):
+        alone.search(["q1"], 1)
+
+
+def test_labels_are_a_teacher_and_need_a_source(tmp_path: Path) -> None:
+    recipe = data_recipe(
+        tmp_path, scorers={"people": {"kind": "labels"}, "words": {"kind": "bm25", "tokenizer": "whitespace"}}
+    )
+    registry = Registry.open(recipe.storage)
+    people = build_scorer(recipe, "people", SOURCE, registry)
+    assert people.score(["q2", "q3"], [["d0", "d9"], ["d0"]])[0].tolist() == [0.0, 1.0]
+    with pytest.raises(ConfigError, match="cannot search"):
+        people.search(["q1"], 1)
+    both = build_ensemble(recipe, "both", {"people": 1.0, "words": 1.0}, SOURCE, registry)
+    assert [document for document, _ in both.search(["q2"], 2)[0]] == ["d9", "d0"]
+    for name in ("people", "words"):
+        with pytest.raises(ConfigError, match=f"scorer '{name}' needs a labelled data source"):
+            build_scorer(recipe, name, None, registry)
+
+
+def test_a_score_that_is_no_number_is_an_error_with_its_pair() -> None:
+    broken = Fixed({"d1": 1.0, "d2": math.nan})
+    with pytest.raises(NonFiniteError, match="scorer 'fixed' gives nan for query 'q1', document 'd2'"):
+        broken.score(["q1"], [["d1", "d2"]])
+
+
+def test_bfloat16_stays_close(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TokenMaxSimScorer(kind="token_maxsim", model=str(bert))
+    texts = list(CORPUS.values())
+    exact = PooledEncoder.load(config).documents(texts)
+    monkeypatch.setattr(encoders, "bf16_is_fast", lambda _: True)
+    half = PooledEncoder.load(config).documents(texts)
+    cosine = torch.cosine_similarity(exact.vectors, half.vectors, dim=1)
+    assert 0.999 < float(cosine.min()) < 1.0
+
+
+def test_vector_scorer_scores_texts_without_a_source(bert: Path) -> None:
+    config = TokenMaxSimScorer(kind="token_maxsim", model=str(bert))
+    scorer = VectorScorer("it", None, PooledEncoder.load(config))
+    same = Candidates(["a", "b"], ["cat", "dog"], [["1", "2"], []], [["cat", "dog river"], []])
+    first, second = scorer.checked(same)
+    # A text against itself: every token meets itself.
+    np.testing.assert_allclose(first[0], len(last_states(bert, "cat")), rtol=1e-3)
+    assert len(second) == 0
+    with pytest.raises(ConfigError, match="needs a labelled data source"):
+        scorer.search(["a"], 1)
