@@ -126,10 +126,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_backbone(directory: Path, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Builds the encoder of ``directory/config.json`` and fills it with weights.
+    """Builds the encoder of ``directory/config.json`` around weights.
 
     Keys may carry the architecture's base prefix ("bert." and so on) or not. A pooler that the weights
-    lack is left out of the model.
+    lack is left out of the model. fp32 weights are used where they are: tensors mapped from a file stay
+    so until they are written to, and the replicas on a machine share its pages.
 
     Returns:
         The encoder in fp32 and eval mode, its values bit for bit those of the file if that is fp32.
@@ -171,10 +172,13 @@ def load_backbone(directory: Path, tensors: Mapping[str, Tensor]) -> PreTrainedM
     ]
     if problems:
         raise ModelError(f"{directory}: the weights do not fit config.json: {'; '.join(problems)}")
-    with torch.no_grad():
-        for key, tensor in expected.items():
-            tensor.copy_(given[key])
+    weights = {key: _as_stored(given[key], like=tensor) for key, tensor in expected.items()}
+    backbone.load_state_dict(weights, assign=True)
     return backbone.eval()
+
+
+def _as_stored(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.float() if like.is_floating_point() else tensor
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -2,7 +2,7 @@
 
 The ``safetensors`` package can read a file tensor by tensor but writes a whole dictionary at once. A
 mean of checkpoints or a dequantised base must not hold all of its tensors, so the format is written
-here: a little-endian u64 header length, a JSON header padded to 8 bytes, then the raw little-endian
+here: a little-endian u64 header length, a JSON header padded with spaces, then the raw little-endian
 data in header order (https://github.com/huggingface/safetensors#format).
 """
 
@@ -75,7 +75,8 @@ class TensorFileWriter:
             header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
             offset = end
         encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-        self._header = encoded + b" " * (-len(encoded) % 8)
+        # Tensors of whole cache lines then start on one when the file is mapped.
+        self._header = encoded + b" " * (-(8 + len(encoded)) % 64)
 
     def __enter__(self) -> TensorFileWriter:
         self._file = self._partial.open("wb")

@@ -100,6 +100,17 @@ def test_the_model_is_saved_in_fp32_and_left_as_it_is(saved, models, tmp_path):
         assert {t.dtype for t in load_file(path).values()} == {torch.float32}
 
 
+def test_changing_a_loaded_model_does_not_change_its_file(copied, models):
+    before = contents(copied)
+    loaded = load_model(copied).train()
+    loaded.encode_tokens(loaded.text.documents(TEXTS)).vectors.sum().backward()
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.sub_(1.0)
+    assert contents(copied) == before
+    same_vectors(load_model(copied), models("bert"))
+
+
 def test_one_directory_is_seen_by_all_three_readers(saved, models):
     model = models("bert")
     weights = load_file(saved / "model.safetensors")
