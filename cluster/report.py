@@ -54,6 +54,8 @@ class Report(BaseModel):
         """Prints the closing table."""
         console = console or Console()
         table = Table(title=f"{self.job} · {self.recipe}", title_justify="left", show_header=False)
+        table.add_column(overflow="fold")
+        table.add_column(overflow="fold")
         for name, value in self.metrics.items():
             table.add_row(name, f"{value:,.4f}" if value != int(value) else f"{int(value):,}")
         for stage, seconds in self.timings.items():
