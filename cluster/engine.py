@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,6 +123,8 @@ class TrainingEngine:
         self._optimizer = build_optimizer(groups, optimizer)
         self._objective = _Objective(model, objective, precision)
         sizes = [p.numel() for group in groups for p in group["params"]]
+        # All parameters at once up to a bound, any one whole; DeepSpeed wants an even number.
+        bucket = -(-min(sum(sizes), max(BUCKET_ELEMENTS, *sizes)) // 2) * 2
         self._engine = self._initialize(
             {
                 "train_micro_batch_size_per_gpu": 1,
@@ -134,8 +137,8 @@ class TrainingEngine:
                 "zero_optimization": {
                     "stage": zero_stage,
                     "overlap_comm": False,
-                    "reduce_bucket_size": min(sum(sizes), max(BUCKET_ELEMENTS, *sizes)),
-                    "allgather_bucket_size": min(sum(sizes), max(BUCKET_ELEMENTS, *sizes)),
+                    "reduce_bucket_size": bucket,
+                    "allgather_bucket_size": bucket,
                     # One sub-group for each parameter group: the optimiser steps once a sub-group.
                     "sub_group_size": sum(sizes) + 1,
                 },
@@ -292,6 +295,8 @@ class TrainingEngine:
     def _initialize(self, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
         """DeepSpeed's engine over the process group that exists already."""
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # DeepSpeed calls collectives by names that torch is about to change, in every step.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         # Without this the first start on a CPU compiles a C++ extension for minutes, which only
         # tensor-parallel inference uses.
         deepspeed_ops["deepspeed_shm_comm"] = False

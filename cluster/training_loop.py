@@ -191,10 +191,11 @@ class TrainingLoop:
                 _, units = next(steps)
             except RaycolbertError as error:
                 problem = (type(error).__name__, str(error))
-            passes, problem = self._prepare(units, problem)
+            works = [self._objective.prepare(self._model, unit) for unit in units]
+            passes, problem = self._prepare(works, problem)
             if problem is not None:
                 return problem
-            outcomes = self._backward(units, passes)
+            outcomes = self._backward(works, passes)
             figures = self._gather(units, outcomes, stream.wait_s)
             bad = [outcome.non_finite for outcome in outcomes if outcome.non_finite]
             if figures.any_bad:
@@ -215,28 +216,30 @@ class TrainingLoop:
         return None
 
     def _prepare(
-        self, units: list[TokenisedUnit], problem: tuple[str, str] | None
+        self, works: list[UnitWork], problem: tuple[str, str] | None
     ) -> tuple[list[int], tuple[str, str] | None]:
         """Before a step: does every worker have its data, and how many forward passes must all make?"""
         most = -(-self._job.schedule.units_per_step // self._workers)
         counts = [0] * most
         if self._engine.collective_forward:
-            counts[: len(units)] = [self._objective.passes(self._model, unit) for unit in units]
+            counts[: len(works)] = [work.passes for work in works]
         vector = torch.tensor([float(problem is not None), *map(float, counts)], dtype=torch.float64)
         dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._control)
         if vector[0] > 0:
             return [], self._first_of(problem)
         return [int(count) for count in vector[1:].tolist()], None
 
-    def _backward(self, units: list[TokenisedUnit], passes: list[int]) -> list[UnitOutcome]:
+    def _backward(self, works: list[UnitWork], passes: list[int]) -> list[UnitOutcome]:
         outcomes = []
         with self._engine.accumulation():
             for place, least in enumerate(passes):
-                if place < len(units):
-                    work = UnitWork(units[place], least)
-                    outcomes.append(self._engine.backward(work, units[place].slot.weight))
+                if place < len(works):
+                    work = works[place]
+                    assert work.unit is not None
+                    work.passes = max(work.passes, least)
+                    outcomes.append(self._engine.backward(work, work.unit.slot.weight))
                 elif self._engine.collective_forward:
-                    self._engine.backward(UnitWork(None, least), 0.0)
+                    self._engine.backward(UnitWork(None, (), least), 0.0)
         return outcomes
 
     def _gather(self, units: list[TokenisedUnit], outcomes: list[UnitOutcome], wait_s: float) -> _Figures:

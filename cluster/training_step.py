@@ -17,7 +17,6 @@ from colbert_core.batching import TokenBudgetBatches
 from colbert_core.distillation import distillation_loss
 from colbert_core.encoder import ColBERT
 from colbert_core.maxsim import maxsim_pairs
-from colbert_core.text import TokenBatch
 from colbert_core.vectors import RaggedVectors
 
 
@@ -27,12 +26,14 @@ class UnitWork:
 
     Attributes:
         unit: the unit, or None on a rank that only keeps the others company.
-        passes: forward passes to make in all; 0 means as many as the unit needs. More are filled up
-            with a single short text that has no part in the loss.
+        batches: the unit's queries and documents in padded batches; of None, none.
+        passes: forward passes to make in all. What the batches leave is filled up with a single short
+            text that has no part in the loss.
     """
 
     unit: TokenisedUnit | None
-    passes: int = 0
+    batches: Sequence[TokenBudgetBatches]
+    passes: int
 
 
 @dataclass
@@ -67,19 +68,32 @@ class UnitObjective:
     def __init__(self, phase: TrainPhase) -> None:
         self._phase = phase
 
-    def passes(self, model: ColBERT, unit: TokenisedUnit) -> int:
-        """Forward passes that a unit needs."""
-        return sum(len(padded) for _, padded in self._batches(model, unit))
+    def prepare(self, model: ColBERT, unit: TokenisedUnit | None) -> UnitWork:
+        """Cuts a unit into padded batches.
+
+        Not part of the call: under ZeRO-3, merely looking at a parameter inside the forward pass, as
+        the model does to find its device, is a collective that every rank would have to join.
+        """
+        if unit is None:
+            return UnitWork(None, (), 0)
+        device = next(model.parameters()).device
+        # Padding is not attended to, so any id serves a tokenizer that has none of its own.
+        pad = model.tokenizer.pad_token_id if isinstance(model.tokenizer.pad_token_id, int) else 0
+        batches = [
+            TokenBudgetBatches(batch, self._phase.token_budget, pad, device)
+            for batch in (unit.queries, unit.documents)
+        ]
+        return UnitWork(unit, batches, sum(len(padded) for padded in batches))
 
     def __call__(self, module: nn.Module, work: UnitWork) -> tuple[Tensor, UnitOutcome]:
         assert isinstance(module, ColBERT)
-        idle = work.passes - (0 if work.unit is None else self.passes(module, work.unit))
+        idle = work.passes - sum(len(padded) for padded in work.batches)
         if work.unit is None:
             return self._keep_company(module, idle), UnitOutcome()
         unit, outcome = work.unit, UnitOutcome()
         torch.manual_seed(_stream(self._phase.seed, unit.slot.position))
         vectors = []
-        for batch, padded in self._batches(module, unit):
+        for batch, padded in zip((unit.queries, unit.documents), work.batches, strict=True):
             vectors.append(self._encode(module, padded))
             tokens = sum(len(ids) for ids in batch.ids)
             outcome.tokens += tokens
@@ -112,12 +126,6 @@ class UnitObjective:
             outcome.non_finite = f"the loss is {outcome.loss} over the tuples {', '.join(unit.labels)}"
         return loss
 
-    def _batches(
-        self, model: ColBERT, unit: TokenisedUnit
-    ) -> Sequence[tuple[TokenBatch, TokenBudgetBatches]]:
-        budget = self._phase.token_budget
-        return [(batch, model.batches(batch, budget)) for batch in (unit.queries, unit.documents)]
-
     def _encode(self, model: ColBERT, batches: TokenBudgetBatches) -> RaggedVectors:
         """As ``ColBERT.encode_tokens``, but each batch's activations may be recomputed in backward.
 
@@ -136,12 +144,14 @@ class UnitObjective:
         order = torch.cat(rows)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))
-        return RaggedVectors(torch.cat(pieces)[place.to(model.device)], batches.lengths)
+        vectors = torch.cat(pieces)
+        return RaggedVectors(vectors[place.to(vectors.device)], batches.lengths)
 
     def _keep_company(self, model: ColBERT, passes: int) -> Tensor:
         """Forward passes whose gradient is zero, for ranks that must match the others' number."""
-        ids = torch.full((1, 1), model.text.document_marker_id, device=model.device)
-        total = torch.zeros((), device=model.device)
+        device = next(model.parameters()).device
+        ids = torch.full((1, 1), model.text.document_marker_id, device=device)
+        total = torch.zeros((), device=device)
         for _ in range(max(1, passes)):
             if self._phase.gradient_checkpointing:
                 vectors = checkpoint(model, ids, torch.ones_like(ids), use_reentrant=False)
