@@ -103,9 +103,8 @@ class Evaluator:
 
     def _index_of(self, model: ArtifactRef) -> ArtifactRef:
         """The recipe's index, if it is one of this model and covers the source."""
-        config = self.recipe.index
-        if config is None:
-            raise ConfigError("a system with 'index: true' needs an 'index' section")
+        ref, config = index_ref(self.recipe), self.recipe.index
+        assert config is not None  # index_ref has checked
         indexed = resolve_model(self.recipe, self.registry, config.model)
         if indexed != model:
             raise ConfigError(f"the recipe's index is of {indexed}, and cannot be searched with {model}")
@@ -114,7 +113,7 @@ class Evaluator:
                 f"the recipe's index does not hold source {self.source_name!r}; "
                 f"it holds {', '.join(config.sources)}"
             )
-        return index_ref(self.recipe)
+        return ref
 
     def _scorer(self, name: str) -> Scorer:
         if name not in self._scorers:
@@ -155,10 +154,11 @@ class Evaluator:
             ]
             return ["ensemble", members]
         assert system.model is not None
-        identity = _model_identity(resolve_model(self.recipe, self.registry, system.model))
+        model = resolve_model(self.recipe, self.registry, system.model)
+        identity = _model_identity(model)
         if system.index:
             settings = self.recipe.serve.search if self.recipe.serve else SearchConfig()
-            identity += [str(index_ref(self.recipe)), settings.model_dump(mode="json")]
+            identity += [str(self._index_of(model)), settings.model_dump(mode="json")]
         return identity
 
     def _scorer_identity(self, name: str) -> Any:

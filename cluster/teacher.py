@@ -7,11 +7,11 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.data
 import torch
 
@@ -19,10 +19,11 @@ from cluster.artifacts import ArtifactRef
 from cluster.config import Recipe, Scoring
 from cluster.parts import read_part, write_part
 from cluster.registry import Registry, StagedArtifact
-from cluster.scorers import Candidates, build_ensemble, minmax
+from cluster.scorers import Candidates, Scorer, build_ensemble, minmax
 from cluster.scorers.progress import progress
 from cluster.sources import load_source
 from cluster.tuples import Row, check_row
+from colbert_core import errors
 from colbert_core.errors import ObjectNotFound, RaycolbertError
 
 
@@ -103,7 +104,7 @@ def score_parts(
             PartScorer,
             fn_constructor_args=(recipe, tuples, scoring, candidates, staged),
             batch_size=1,
-            batch_format="pyarrow",
+            batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(size=min(scoring.workers, len(missing))),
             num_cpus=scoring.cpus_per_worker,
             num_gpus=scoring.gpus_per_worker,
@@ -112,11 +113,10 @@ def score_parts(
             task = bar.add_task(
                 f"{tuples}: parts scored", total=len(paths), completed=len(paths) - len(missing)
             )
-            try:
-                for _ in results.iter_rows():
-                    bar.advance(task)
-            except ray.exceptions.RayError as error:
-                raise _typed(error) from None
+            for row in results.iter_rows():
+                if row["error"]:
+                    raise getattr(errors, row["error"])(row["message"])
+                bar.advance(task)
     total = TeacherCounts()
     store = staged.store
     for path in paths:
@@ -139,19 +139,38 @@ class PartScorer:
         candidates: ArtifactRef,
         staged: StagedArtifact,
     ) -> None:
-        torch.set_num_threads(max(1, int(scoring.cpus_per_worker)))
-        self._registry = Registry.open(recipe.storage)
-        mining = recipe.data.tuples[tuples].mine
-        source = load_source(recipe, mining.source) if mining else None
-        self._scorer = build_ensemble(recipe, tuples, scoring.scorers, source, self._registry)
-        self._normalize = scoring.normalize
+        self._recipe = recipe
+        self._tuples = tuples
+        self._scoring = scoring
         self._candidates = candidates
         self._staged = staged
 
-    def __call__(self, batch: Any) -> Any:
-        for path in batch["path"].to_pylist():
-            self._score(path)
-        return batch
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """Scores the parts in ``path``; a typed error is told by class name and message.
+
+        Raised here, it would arrive at the driver as Ray's own error with a page of traceback.
+        """
+        paths = [str(path) for path in batch["path"]]
+        try:
+            for path in paths:
+                self._score(path)
+        except RaycolbertError as error:
+            name, message = type(error).__name__, str(error)
+        else:
+            name, message = "", ""
+        return {"path": paths, "error": [name] * len(paths), "message": [message] * len(paths)}
+
+    @cached_property
+    def _registry(self) -> Registry:
+        return Registry.open(self._recipe.storage)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        """The teacher, built with the first part."""
+        torch.set_num_threads(max(1, int(self._scoring.cpus_per_worker)))
+        mining = self._recipe.data.tuples[self._tuples].mine
+        source = load_source(self._recipe, mining.source) if mining else None
+        return build_ensemble(self._recipe, self._tuples, self._scoring.scorers, source, self._registry)
 
     def _score(self, path: str) -> None:
         counts = TeacherCounts()
@@ -181,7 +200,7 @@ class PartScorer:
         )
         found = []
         for number, (row, values) in enumerate(zip(group, scores, strict=True), start=first + 1):
-            final = minmax(values) if self._normalize else values
+            final = minmax(values) if self._scoring.normalize else values
             scored = row | {"scores": np.asarray(final, dtype=np.float32).tolist()}
             found.append(check_row(scored, f"{self._candidates} {path} row {number}"))
         return found
@@ -189,14 +208,3 @@ class PartScorer:
 
 def _counts_key(ref: ArtifactRef, path: str) -> str:
     return f"scoring/{ref.name}/{ref.version}/{path}.json"
-
-
-def _typed(error: BaseException) -> BaseException:
-    """The typed error that an actor raised, if it is one; else the error as it is."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, RaycolbertError):
-            return seen
-        cause = getattr(seen, "cause", None)
-        seen = cause if isinstance(cause, BaseException) else seen.__cause__
-    return error

@@ -88,7 +88,7 @@ def _table(source: str, config: EvaluateConfig, details: Mapping[str, Any]) -> T
     scores, intervals = details["scores"][source], details["intervals"].get(source, {})
     best = {metric: max(row[metric] for row in scores.values()) for metric in config.metrics}
     title = f"{source} · {details['queries'][source]:,} questions"
-    caption = f"[low, high]: paired 95 % interval of the difference to {config.baseline}"
+    caption = f"below: paired 95 % interval of the difference to {config.baseline}"
     table = Table(title=title, caption=caption if config.baseline else None, title_justify="left")
     table.add_column("system")
     for metric in config.metrics:

@@ -6,13 +6,16 @@ from dataclasses import asdict
 
 from cluster.artifacts import candidates_ref
 from cluster.config import Mining, Recipe
-from cluster.mining import candidate_rows, mine
-from cluster.parts import upload_parts
+from cluster.mining import MinedTuples, candidate_rows, mine
+from cluster.parts import PART_ROWS, upload_parts
 from cluster.registry import Registry
 from cluster.report import Report
 from cluster.scorers import build_scorer
 from cluster.sources import load_source
 from jobs.launch import main
+
+SMALLEST_PART_ROWS = 64
+PARTS_OF_A_SMALL_SET = 16
 
 
 def run(recipe: Recipe) -> Report:
@@ -48,7 +51,9 @@ def _mine(recipe: Recipe, name: str, config: Mining, registry: Registry, report:
         }
         mined = mine(source, config, scorers)
     with report.timed(f"{name}: writing"):
-        counts = upload_parts(staged, candidate_rows(source, mined), scored=False)
+        counts = upload_parts(
+            staged, candidate_rows(source, mined), scored=False, rows_per_part=_rows_per_part(mined)
+        )
     metrics = {key: float(value) for key, value in asdict(mined.counts).items()}
     for scorer_name, scorer in scorers.items():
         metrics.update({f"{scorer_name}/{key}": value for key, value in scorer.statistics().items()})
@@ -60,6 +65,11 @@ def _mine(recipe: Recipe, name: str, config: Mining, registry: Registry, report:
         extra={"rows": counts, "nway": mined.documents.shape[1]},
     )
     report.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
+
+
+def _rows_per_part(mined: MinedTuples) -> int:
+    """Parts small enough that several scorer actors share even a small set evenly."""
+    return min(PART_ROWS, max(SMALLEST_PART_ROWS, -(-len(mined.query_ids) // PARTS_OF_A_SMALL_SET)))
 
 
 if __name__ == "__main__":

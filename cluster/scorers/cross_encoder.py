@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from cluster.config import CrossEncoderScorer as CrossEncoderConfig
 from cluster.scorers.api import Candidates, Scorer, Scores
-from cluster.scorers.encoders import TOKEN_BUDGET, best_device, bf16_is_fast, check_positions, whole_batch
+from cluster.scorers.encoders import TOKEN_BUDGET, whole_batch
+from cluster.scorers.loading import bf16_is_fast, load_complete
 from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource
 from colbert_core.batching import TokenBudgetBatches
-from colbert_core.errors import ConfigError, ModelError
+from colbert_core.errors import ConfigError
 
 # Pairs tokenised and sorted by length together.
 _PAIRS = 16_384
@@ -31,18 +32,15 @@ class CrossEncoder(Scorer):
     def __init__(self, name: str, config: CrossEncoderConfig, source: LabelledSource | None) -> None:
         super().__init__(name, source)
         self._max_length = config.max_length
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(config.model)
-            model = AutoModelForSequenceClassification.from_pretrained(config.model, dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{config.model}: no sequence classification model: {error}") from error
+        model, self._tokenizer = load_complete(
+            AutoModelForSequenceClassification, config.model, config.model, config.max_length
+        )
         if model.config.num_labels not in (1, 2):
             raise ConfigError(
                 f"scorer {name!r}: {config.model} has {model.config.num_labels} classes; "
                 "a cross-encoder has 1 or 2"
             )
-        check_positions(model, config.max_length, config.model)
-        self._model = model.to(best_device()).eval()
+        self._model = model
         self._autocast = bf16_is_fast(self._model.device)
         self._truncated_documents = 0
         self._truncated_queries = 0

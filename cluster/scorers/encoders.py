@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.config import BiEncoderScorer, TokenMaxSimScorer
 from cluster.scorers.api import Candidates, Scorer, Scores, query_texts
+from cluster.scorers.loading import bf16_is_fast, load_complete
 from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource
 from colbert_core.batching import TokenBudgetBatches
 from colbert_core.encoder import ColBERT, Precision
-from colbert_core.errors import ConfigError, ModelError
 from colbert_core.exact import Ranking, exact_pair_scores, exact_search
 from colbert_core.pretrained import resolve_base
 from colbert_core.text import TokenBatch
@@ -147,7 +147,7 @@ class ColBERTEncoder:
     """A ColBERT model as :class:`TextEncoder`."""
 
     def __init__(self, model: ColBERT) -> None:
-        self.model = model.to(best_device()).eval()
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self._precision: Precision = "bf16" if bf16_is_fast(model.device) else "fp32"
 
     def queries(self, texts: Sequence[str]) -> RaggedVectors:
@@ -189,18 +189,14 @@ class PooledEncoder:
         """Loads what a scorer's config names.
 
         Raises:
-            ModelError: there is no encoder to be loaded.
+            ModelError: there is no encoder to be loaded, or its weights are incomplete.
             ConfigError: ``max_length`` exceeds the positions that the encoder has.
         """
-        base = resolve_base(config.model)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(base)
-            model = AutoModel.from_pretrained(base, dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{config.model}: no encoder and tokenizer to be loaded: {error}") from error
-        check_positions(model, config.max_length, config.model)
+        model, tokenizer = load_complete(
+            AutoModel, resolve_base(config.model), config.model, config.max_length
+        )
         return cls(
-            model.to(best_device()).eval(),
+            model,
             tokenizer,
             config.pooling if isinstance(config, BiEncoderScorer) else "tokens",
             config.query_prefix,
@@ -264,31 +260,3 @@ def whole_batch(ids: list[NDArray[np.int32]]) -> TokenBatch:
     """A batch in which every token is attended to and yields a vector."""
     ones = [np.ones(len(row), dtype=np.bool_) for row in ids]
     return TokenBatch(ids, ones, ones)
-
-
-def check_positions(model: PreTrainedModel, max_length: int, origin: str) -> None:
-    """Refuses a length that the model has no positions for.
-
-    Raises:
-        ConfigError: it has fewer.
-    """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa and its kin keep the first rows for padding.
-            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
-            positions = module.num_embeddings - reserved
-    if positions is not None and 0 < positions < max_length:
-        raise ConfigError(f"max_length is {max_length}, but {origin} has {positions} positions")
-
-
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 products run on hardware made for them; elsewhere they are slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities()
-    return any(bool(found.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))

@@ -301,6 +301,11 @@ def test_models_that_are_not_there_are_typed_errors(tmp_path: Path) -> None:
             build(config, tmp_path)
 
 
+def test_a_model_without_a_trained_head_is_refused(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"there are no weights for classifier.bias, classifier.weight"):
+        build(CrossEncoderScorer(kind="cross_encoder", model=str(bert)), tmp_path)
+
+
 class Fixed(ScorerBase):
     """Scores from a table; it cannot search."""
 
