@@ -440,6 +440,9 @@ class Recipe(FrozenModel):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies ``key=value`` overrides.
 
+    Relative directories start from the current one; they are made absolute here, because the processes
+    of a job do not share a current directory.
+
     Args:
         path: YAML file.
         overrides: ``dotted.key=value`` strings; the value is parsed as YAML, list items are
@@ -460,7 +463,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: a recipe is a mapping, not {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_recipe(tree, origin=str(path))
+    return _with_absolute_paths(parse_recipe(tree, origin=str(path)))
 
 
 def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -470,6 +473,17 @@ def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
         raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    storage = recipe.storage.model_copy(
+        update={"root": absolute(recipe.storage.root), "cache_dir": absolute(recipe.storage.cache_dir)}
+    )
+    data = recipe.data.model_copy(update={"root": absolute(recipe.data.root)})
+    return recipe.model_copy(update={"storage": storage, "data": data})
 
 
 def fingerprint(*parts: Any) -> str:
