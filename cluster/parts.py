@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -72,8 +72,8 @@ def upload_parts(
     return counts
 
 
-def read_part(registry: Registry, ref: ArtifactRef, path: str) -> Iterator[list[Row]]:
-    """The rows of a published part, a row group at a time.
+def read_part(registry: Registry, ref: ArtifactRef, path: str) -> list[Row]:
+    """The rows of a published part.
 
     Raises:
         DataError: the file is no part of candidates.
@@ -84,8 +84,7 @@ def read_part(registry: Registry, ref: ArtifactRef, path: str) -> Iterator[list[
     if hashlib.sha256(content).hexdigest() != registry.manifest(ref).files[path].sha256:
         raise IntegrityError(f"{ref} {path}: the content does not match its SHA-256")
     try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns=CANDIDATE_SCHEMA.names).to_pylist()
+        table = pq.read_table(pa.BufferReader(content), columns=CANDIDATE_SCHEMA.names)
+        return table.to_pylist()
     except (pa.ArrowInvalid, KeyError) as error:
         raise DataError(f"{ref} {path}: not a part of candidates: {error}") from None

@@ -87,7 +87,7 @@ def score_parts(
 ) -> TeacherCounts:
     """Scores the parts of published candidates that are not uploaded yet, over a pool of scorer actors.
 
-    A part is scored by one actor, a row group at a time, and uploaded under the same name. Needs a
+    A part is scored by one actor and uploaded under the same name. Needs a
     running Ray.
 
     Returns:
@@ -175,9 +175,8 @@ class PartScorer:
     def _score(self, path: str) -> None:
         counts = TeacherCounts()
         before = self._scorer.statistics()
-        rows: list[Row] = []
-        for group in read_part(self._registry, self._candidates, path):
-            rows += self._scored(group, path, len(rows))
+        # All at once: a document that several queries ask for is encoded once, and batches are even.
+        rows = self._scored(read_part(self._registry, self._candidates, path), path)
         for row in rows:
             counts.add(row)
         after = self._scorer.statistics()
@@ -189,17 +188,17 @@ class PartScorer:
             write_part(local, rows, scored=True)
             self._staged.upload(path, local)
 
-    def _scored(self, group: list[Row], path: str, first: int) -> list[Row]:
+    def _scored(self, rows: list[Row], path: str) -> list[Row]:
         scores = self._scorer.score_candidates(
             Candidates(
-                [row["query_id"] for row in group],
-                [row["query"] for row in group],
-                [row["document_ids"] for row in group],
-                [row["documents"] for row in group],
+                [row["query_id"] for row in rows],
+                [row["query"] for row in rows],
+                [row["document_ids"] for row in rows],
+                [row["documents"] for row in rows],
             )
         )
         found = []
-        for number, (row, values) in enumerate(zip(group, scores, strict=True), start=first + 1):
+        for number, (row, values) in enumerate(zip(rows, scores, strict=True), start=1):
             final = minmax(values) if self._scoring.normalize else values
             scored = row | {"scores": np.asarray(final, dtype=np.float32).tolist()}
             found.append(check_row(scored, f"{self._candidates} {path} row {number}"))

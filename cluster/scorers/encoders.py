@@ -29,7 +29,7 @@ from colbert_core.vectors import RaggedVectors
 
 TOKEN_BUDGET = 16_384
 # Documents whose vectors are made and held together.
-_BLOCK = 1024
+_BLOCK = 512
 # Share of the machine's memory that one scorer's cache of vectors may take.
 _CACHE_SHARE = 1 / 8
 
@@ -98,10 +98,13 @@ class VectorScorer(Scorer):
 
 
 class VectorCache:
-    """Encodes texts and keeps the most recently used vectors.
+    """Encodes texts and keeps the most recently used vectors, in half precision.
+
+    All vectors are rounded to half precision, so that a score does not depend on what is kept; for
+    vectors of length 1 that is 2^-11 of a component, less than what bfloat16 encoding differs by.
 
     Args:
-        encode: makes the vectors of texts.
+        encode: makes the vectors of texts, each of length 1.
         limit: bytes of vectors kept.
     """
 
@@ -112,24 +115,23 @@ class VectorCache:
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def vectors(self, texts: Sequence[str]) -> RaggedVectors:
-        """The vectors of each text; a text that is not kept is encoded, once even if given twice."""
+        """fp32 vectors of each text; a text that is not kept is encoded, once even if given twice."""
         new = list(dict.fromkeys(text for text in texts if text not in self._kept))
         fresh: dict[str, Tensor] = {}
-        if new:
+        if new or not texts:
             encoded = self._encode(new)
-            if new == list(texts):
-                self._keep(dict(zip(new, encoded, strict=True)))
-                return encoded
-            fresh = dict(zip(new, encoded, strict=True))
+            half = RaggedVectors(encoded.vectors.half(), encoded.lengths)
+            fresh = dict(zip(new, half, strict=True))
+            if len(new) == len(texts):
+                self._keep(fresh)
+                return RaggedVectors(half.vectors.float(), half.lengths)
         parts = []
         for text in texts:
             if text in self._kept:
                 self._kept.move_to_end(text)
             parts.append(fresh[text] if text in fresh else self._kept[text])
         self._keep(fresh)
-        if not parts:
-            return self._encode([])
-        return RaggedVectors(torch.cat(parts), torch.tensor([len(part) for part in parts]))
+        return RaggedVectors(torch.cat(parts).float(), torch.tensor([len(part) for part in parts]))
 
     def _keep(self, fresh: dict[str, Tensor]) -> None:
         for text, vectors in fresh.items():

@@ -20,7 +20,8 @@ def load_complete(
     """A model in fp32 and eval mode on the best device, and its tokenizer.
 
     Transformers gives a weight that the files lack a random value and a log line. A scorer with a random
-    layer scores nonsense, so here that is an error; only the pooler of a bare encoder, which no scorer reads, may be missing.
+    layer scores nonsense, so here that is an error; only the pooler of a bare encoder may be missing,
+    which no scorer reads.
 
     Args:
         auto_class: ``AutoModel`` or a kin with a head.

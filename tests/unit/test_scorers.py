@@ -159,7 +159,7 @@ def test_bi_encoder_is_the_cosine_of_pooled_states(tmp_path: Path, pooling: str,
 
     query = pooled("query: " + QUERIES["q1"])
     expected = [float(torch.cosine_similarity(query, pooled("document: " + CORPUS[i]), dim=0)) for i in ids]
-    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    np.testing.assert_allclose(scores, expected, atol=5e-4)
 
 
 def test_token_maxsim_takes_all_raw_token_states(bert: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_token_maxsim_takes_all_raw_token_states(bert: Path, tmp_path: Path) -> 
         float((query @ normalize(last_states(bert, text), dim=-1).T).max(dim=1).values.sum())
         for text in CORPUS.values()
     ]
-    np.testing.assert_allclose(scorer.score(["q1"], [list(CORPUS)])[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(scorer.score(["q1"], [list(CORPUS)])[0], expected, rtol=5e-4)
 
 
 def test_colbert_scorer_agrees_with_the_model(bert: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_colbert_scorer_agrees_with_the_model(bert: Path, tmp_path: Path) -> Non
     query = model.encode_queries([QUERIES["q1"]])[0]
     documents = model.encode_documents(list(CORPUS.values()))
     expected = [float((query @ vectors.T).max(dim=1).values.sum()) for vectors in documents]
-    np.testing.assert_allclose(scorer.score(["q1"], [list(CORPUS)])[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(scorer.score(["q1"], [list(CORPUS)])[0], expected, rtol=5e-4)
     best = list(CORPUS)[int(np.argmax(expected))]
     assert scorer.search(["q1"], 1)[0][0][0] == best
 
@@ -223,7 +223,7 @@ class CountingEncoder:
 
 def test_the_cache_encodes_a_text_once_and_stays_within_its_limit() -> None:
     encode = CountingEncoder()
-    cache = VectorCache(encode, limit=3 * 4)
+    cache = VectorCache(encode, limit=3 * 2)
     assert cache.vectors(["a", "bb", "a"]).vectors.flatten().tolist() == [1.0, 2.0, 1.0]
     assert cache.vectors(["bb", "ccc"]).vectors.flatten().tolist() == [2.0, 3.0]
     assert encode.asked == ["a", "bb", "ccc"]

@@ -174,7 +174,7 @@ def test_parts_are_resumed_read_back_and_train(tmp_path: Path) -> None:
     assert counts == {part_name(0): 3, part_name(1): 3, part_name(2): 1}
     assert staged.parts()[part_name(0)] == first
     staged.commit(expected=list(counts))
-    read_back = [row for path in counts for group in read_part(registry, ref, path) for row in group]
+    read_back = [row for path in counts for row in read_part(registry, ref, path)]
     assert [row["query_id"] for row in read_back] == [row["query_id"] for row in rows]
     folder = registry.pull(ref)
     index = TupleIndex([str(folder / path) for path in counts])
@@ -193,4 +193,4 @@ def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
     file.chmod(0o644)
     file.write_bytes(content)
     with pytest.raises(IntegrityError, match="does not match its SHA-256"):
-        list(read_part(registry, ref, part_name(0)))
+        read_part(registry, ref, part_name(0))
