@@ -14,8 +14,6 @@ from cluster.manifest import Alias, Movement, check_ref
 from cluster.storage import ObjectStore
 from colbert_core.errors import ArtifactNotFound, ObjectNotFound, PreconditionFailed
 
-_PATIENCE_S = 60.0
-
 Move = Callable[[Alias | None], Movement]
 """Decides where an alias goes from where it is (None: it does not exist yet), or raises."""
 
@@ -53,9 +51,13 @@ def read_alias(store: ObjectStore, kind: Kind, name: str, alias: str) -> tuple[A
 
 
 def move_alias(store: ObjectStore, kind: Kind, name: str, alias: str, move: Move) -> Alias:
-    """Repeats compare-and-swap until it succeeds; ``move`` decides anew on what it then finds."""
+    """Repeats compare-and-swap until it succeeds; ``move`` decides anew on what it then finds.
+
+    Raises:
+        PreconditionFailed: others were faster for as long as a request may take.
+    """
     key = alias_key(kind, name, alias)
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + store.config.request_timeout_s
     while True:
         current: Alias | None
         etag: str | None

@@ -145,7 +145,11 @@ class ArtifactCache:
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._lock(self._lock_directory() / f"{entry.sha256}.blob"):
             if not _is_sealed(blob, entry.size):
-                self._download(store, key, entry, blob)
+                try:
+                    self._download(store, key, entry, blob)
+                except IntegrityError:
+                    # Damaged on the way, or in storage? The second time tells.
+                    self._download(store, key, entry, blob)
             try:
                 os.link(blob, target)
             except OSError as error:

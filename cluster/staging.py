@@ -63,27 +63,29 @@ class StagedArtifact:
             if same or keep_existing:
                 self._refresh(recorded)
                 return recorded
-        key = self._place(path, local, size, digest)
+        key = self._claim(path, digest)
+        store.upload(self.ref.prefix + key, local)
         entry = FileEntry(size=size, sha256=digest, key=None if key == f"files/{path}" else key)
         part = Part(path=path, entry=entry)
         data = seal(part.model_dump(mode="json"))
         if keep_existing and recorded is None:
             try:
-                store.put(self._part_key(path), data, if_absent=True)
+                store.put(self._record_key(path, "json"), data, if_absent=True)
             except PreconditionFailed:
                 standing = self._part(path)
                 if standing is not None:
                     return standing
                 raise
         else:
-            store.put(self._part_key(path), data)
+            store.put(self._record_key(path, "json"), data)
         return part
 
     def parts(self) -> dict[str, Part]:
         """The finished files by path, as far as all processes have come."""
         prefix = self._parts_prefix()
         with ThreadPoolExecutor(_THREADS) as pool:
-            parts = list(pool.map(self._read_part, [info.key for info in self.store.list(prefix)]))
+            keys = [info.key for info in self.store.list(prefix) if info.key.endswith(".json")]
+            parts = list(pool.map(self._read_part, keys))
         return {part.path: part for part in parts if part is not None}
 
     def commit(
@@ -162,20 +164,28 @@ class StagedArtifact:
         """Writes an old record again: a build that goes on must not look abandoned to the collection."""
         if datetime.now(timezone.utc) - part.at > _FRESH:
             renewed = part.model_copy(update={"at": datetime.now(timezone.utc)})
-            self.store.put(self._part_key(part.path), seal(renewed.model_dump(mode="json")))
+            self.store.put(self._record_key(part.path, "json"), seal(renewed.model_dump(mode="json")))
 
-    def _place(self, path: str, local: Path, size: int, digest: str) -> str:
-        """Uploads to the file's natural place, or beside it if other content is there already."""
-        store = self.store
-        for key in (f"files/{path}", f"variants/{digest}/{path}"):
-            whole = self.ref.prefix + key
+    def _claim(self, path: str, digest: str) -> str:
+        """The place of a file's content, which nobody writes other content to.
+
+        The first content of a path gets the natural place, other content one that its digest names. The
+        claim is a small object, for put-if-absent is atomic on every server for those, and it tells a
+        resumed upload whose the natural place is. Claims go when the manifest is there, so that a claim
+        newly made is only good if there still is none.
+        """
+        natural, beside = f"files/{path}", f"variants/{digest}/{path}"
+        claim = self._record_key(path, "claim")
+        try:
+            self.store.put(claim, digest.encode(), if_absent=True)
+        except PreconditionFailed:
             try:
-                store.upload(whole, local, if_absent=True)
-                return key
-            except PreconditionFailed:
-                if store.head(whole).size == size and store.sha256(whole) == digest:
-                    return key
-        raise IntegrityError(f"{self.ref.prefix}{key}: the content does not match the digest in its name")
+                return natural if self.store.get(claim) == digest.encode() else beside
+            except ObjectNotFound:
+                return beside
+        if self.store.exists(manifest_key(self.ref)):
+            raise VersionExists(f"{self.ref} was published by another meanwhile, in {self.store.uri}")
+        return natural
 
     def _is_there(self, part: Part) -> bool:
         try:
@@ -185,7 +195,7 @@ class StagedArtifact:
             return False
 
     def _part(self, path: str) -> Part | None:
-        return self._read_part(self._part_key(path))
+        return self._read_part(self._record_key(path, "json"))
 
     def _read_part(self, key: str) -> Part | None:
         try:
@@ -207,7 +217,7 @@ class StagedArtifact:
     def _parts_prefix(self) -> str:
         return f"{self.ref.prefix}.parts/"
 
-    def _part_key(self, path: str) -> str:
+    def _record_key(self, path: str, kind: str) -> str:
         escaped = quote(path, safe="")
         name = escaped if len(escaped) <= 200 else hashlib.sha256(path.encode()).hexdigest()
-        return f"{self._parts_prefix()}{name}.json"
+        return f"{self._parts_prefix()}{name}.{kind}"

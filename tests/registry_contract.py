@@ -145,6 +145,30 @@ class RegistryContract:
         assert contents(registry.pull(ref())) == shared | {"own": b"%d" % winners[0] * 5000}
         assert registry.verify(ref()) == []
 
+    def test_large_files_of_racing_publishers_do_not_mix(self, registry: Registry, tmp_path: Path) -> None:
+        sources = [write(tmp_path / str(n), {"own": bytes([n]) * 9_000_000}) for n in range(4)]
+
+        def publish(number: int) -> bool:
+            try:
+                registry.publish(ref(), sources[number])
+            except VersionExists:
+                return False
+            return True
+
+        with ThreadPoolExecutor(4) as pool:
+            won = list(pool.map(publish, range(4)))
+        assert sum(won) == 1
+        assert contents(registry.pull(ref())) == {"own": bytes([won.index(True)]) * 9_000_000}
+
+    def test_a_late_publisher_cannot_overwrite(self, registry: Registry, tmp_path: Path) -> None:
+        late = registry.staging(ref())
+        registry.publish(ref(), write(tmp_path / "first", {"own": b"first"}))
+        with pytest.raises(VersionExists):
+            late.upload("own", write(tmp_path / "late", {"own": b"late"}) / "own")
+        with pytest.raises(VersionExists):
+            late.commit()
+        assert contents(registry.pull(ref())) == {"own": b"first"}
+
     def test_a_killed_publish_is_invisible_and_resumes(
         self, registry: Registry, config: StorageConfig, source: Path
     ) -> None:

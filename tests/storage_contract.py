@@ -187,6 +187,25 @@ class StorageContract:
         assert store.sha256("large") == hashlib.sha256(local.read_bytes()).hexdigest()
         assert store.abort_uploads(datetime.now(timezone.utc) + timedelta(hours=1)) == []
 
+    def test_one_of_many_uploaders_wins(self, store: ObjectStore, tmp_path: Path) -> None:
+        files = [tmp_path / str(number) for number in range(4)]
+        for number, file in enumerate(files):
+            file.write_bytes(bytes([number]) * 9_000_000)
+
+        def upload(file: Path) -> bool:
+            try:
+                store.upload("race", file, if_absent=True)
+            except PreconditionFailed:
+                return False
+            return True
+
+        with ThreadPoolExecutor(4) as pool:
+            won = list(pool.map(upload, files))
+        assert sum(won) == 1
+        assert store.get("race") == files[won.index(True)].read_bytes()
+        later = datetime.now(timezone.utc) + timedelta(hours=1)
+        assert store.abort_uploads(later) == [], "the losers must clean up"
+
     def test_upload_of_a_missing_file(self, store: ObjectStore, tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="nowhere"):
             store.upload("k", tmp_path / "nowhere")

@@ -5,50 +5,34 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import random
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-import boto3
-from botocore.config import Config
 from pyarrow.fs import FileSystem, S3FileSystem
 
 from cluster.config import StorageConfig
 from cluster.storage.api import ObjectInfo, ObjectStore, check_key, check_prefix, check_range, file_sha256
-from cluster.storage.s3_errors import REQUEST_ERRORS, Fault, explain
+from cluster.storage.s3_errors import REQUEST_ERRORS
 from cluster.storage.s3_reader import S3Reader
+from cluster.storage.s3_requests import OutOfRange, S3Requests, Tries, UploadLost
 from colbert_core.errors import ConfigError, ObjectNotFound, PreconditionFailed, StorageError
 
-Answer = TypeVar("Answer")
-
 _LOG = logging.getLogger(__name__)
-_FIRST_CONTACT_S = 10.0
 _PART_BYTES = 8 << 20
 _MAX_PARTS = 9_000
+_MAX_WHOLE_BYTES = 5 << 30
 _PARTS_AT_ONCE = 8
 
 
-class _Tries:
-    """What happened to earlier tries of one request."""
-
-    uncertain = False
-    """A try ended without an answer, or with a server error: the server may have done it all the same."""
-
-
 class S3Store(ObjectStore):
-    """Objects under ``s3://bucket/prefix``.
-
-    Retries are this class's own, with exponential backoff and jitter; ``request_timeout_s`` bounds one
-    request with all its tries. A part of a large upload or download is a request.
-    """
+    """Objects under ``s3://bucket/prefix``."""
 
     def __init__(self, config: StorageConfig) -> None:
         super().__init__(config)
@@ -62,40 +46,14 @@ class S3Store(ObjectStore):
         self._lock = threading.Lock()
         # Bounds the memory of all uploads together: each part in flight is held whole.
         self._part_slots = threading.BoundedSemaphore(_PARTS_AT_ONCE)
-        self._reached = False
-        self._bucket_seen = False
         self._conditions_checked = False
-        timeout = config.request_timeout_s
-        session = boto3.session.Session(region_name=config.region)
-        self._region = session.region_name or "us-east-1"
-        self._client: Any = session.client(
-            "s3",
-            endpoint_url=config.endpoint_url,
-            region_name=self._region,
-            config=Config(
-                connect_timeout=min(5.0, max(0.5, timeout / 4)),
-                read_timeout=min(20.0, max(0.5, timeout / 3)),
-                retries={"total_max_attempts": 1, "mode": "standard"},
-                max_pool_connections=32,
-                s3={"addressing_style": "path" if config.endpoint_url else "auto"},
-                user_agent_extra="raycolbert",
-            ),
-        )
-        credentials = session.get_credentials()
-        self._secrets: tuple[str, ...] = ()
-        if credentials is not None:
-            frozen = credentials.get_frozen_credentials()
-            self._secrets = tuple(s for s in (frozen.secret_key, frozen.token, frozen.access_key) if s)
+        self.requests = S3Requests(config, self.bucket, self.uri)
+        self._client = self.requests.client
+        self._call = self.requests.call
 
     @property
     def uri(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-
-    @property
-    def endpoint(self) -> str:
-        """The server's address without credentials, for messages."""
-        parts = urlsplit(self._client.meta.endpoint_url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -111,19 +69,19 @@ class S3Store(ObjectStore):
         if length == 0:
             self.head(key)
             return b""
-        return self.get_range_of(key, start, length, None)
-
-    def get_range_of(self, key: str, start: int, length: int, etag: str | None) -> bytes:
-        """As ``get_range`` with ``length`` > 0, of the object with this etag only."""
-        condition = {"IfMatch": etag} if etag else {}
+        span = f"bytes={start}-{start + length - 1}"
 
         def request() -> bytes:
-            span = f"bytes={start}-{start + length - 1}"
-            return self._client.get_object(**self._at(key), Range=span, **condition)["Body"].read()
+            answer = self._client.get_object(**self._at(key), Range=span)
+            data = answer["Body"].read()
+            total = int(answer["ContentRange"].rpartition("/")[2])
+            if len(data) != min(length, total - start):
+                raise ConnectionError("the answer is shorter than the range")
+            return data
 
         try:
             return self._call("get_range", key, request)
-        except _OutOfRange:
+        except OutOfRange:
             return b""
 
     def open(self, key: str) -> BinaryIO:
@@ -131,11 +89,14 @@ class S3Store(ObjectStore):
         return cast(BinaryIO, io.BufferedReader(S3Reader(self, info), 1 << 18))
 
     def stream(self, key: str, start: int, etag: str) -> Any:
-        """The body of the object with this etag from ``start`` on, unread."""
+        """The body of the object with this etag from ``start`` on, unread.
+
+        Raises:
+            PreconditionFailed: the object has another etag now.
+        """
         span = {"Range": f"bytes={start}-"} if start else {}
-        return self._call(
-            "get", key, lambda: self._client.get_object(**self._at(key), IfMatch=etag, **span)["Body"]
-        )
+        get = partial(self._client.get_object, **self._at(key), IfMatch=etag, **span)
+        return self._call("get", key, lambda: get()["Body"])
 
     def head(self, key: str) -> ObjectInfo:
         answer = self._call("head", key, lambda: self._client.head_object(**self._at(key)))
@@ -176,7 +137,7 @@ class S3Store(ObjectStore):
         if if_absent and if_match is not None:
             raise ValueError("if_absent and if_match exclude each other")
         condition = self._condition(key, if_absent, if_match)
-        tries = _Tries()
+        tries = Tries()
 
         def request() -> str:
             return self._client.put_object(**self._at(key), Body=data, **condition)["ETag"]
@@ -197,15 +158,40 @@ class S3Store(ObjectStore):
         path = Path(path)
         try:
             size = path.stat().st_size
-            if size <= _PART_BYTES:
-                return self.put(key, path.read_bytes(), if_absent=if_absent)
-            if if_absent and self.exists(key):
-                raise PreconditionFailed(f"upload of {key!r} to {self.uri}: the object exists already")
-            return self._upload_parts(key, path, size, self._condition(key, if_absent, None))
+            if if_absent or size <= _PART_BYTES:
+                return self._upload_whole(key, path, size, if_absent)
+            try:
+                return self._upload_parts(key, path, size)
+            except UploadLost:
+                # A restarted server may have forgotten the parts: once more from the beginning.
+                return self._upload_parts(key, path, size)
         except OSError as error:
             raise StorageError(f"upload to {key!r}: cannot read {path}: {error.strerror}") from None
 
-    def _upload_parts(self, key: str, path: Path, size: int, condition: dict[str, str]) -> str:
+    def _upload_whole(self, key: str, path: Path, size: int, if_absent: bool) -> str:
+        """One request: the only form whose condition every server checks atomically.
+
+        SeaweedFS 4.48 lets two conditional completions of multipart uploads both succeed.
+        """
+        if size > _MAX_WHOLE_BYTES:
+            raise StorageError(
+                f"upload of {key!r}: S3 takes at most 5 GiB if-absent, {path} has {size:,} bytes"
+            )
+        condition = self._condition(key, if_absent, None)
+        tries = Tries()
+
+        def request() -> str:
+            with path.open("rb") as body:
+                return self._client.put_object(**self._at(key), Body=body, **condition)["ETag"]
+
+        try:
+            return self._call("upload", key, request, tries)
+        except PreconditionFailed:
+            if tries.uncertain and self._holds(key, path, size):
+                return self.head(key).etag
+            raise
+
+    def _upload_parts(self, key: str, path: Path, size: int) -> str:
         part_bytes = max(_PART_BYTES, -(-size // _MAX_PARTS))
         place = self._at(key)
         upload = self._call("upload", key, lambda: self._client.create_multipart_upload(**place)["UploadId"])
@@ -219,14 +205,14 @@ class S3Store(ObjectStore):
                 request = partial(self._client.upload_part, **part, Body=body)
                 return {"PartNumber": number, "ETag": self._call("upload", key, request)["ETag"]}
 
-        tries = _Tries()
+        tries = Tries()
         try:
             with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
                 parts = list(pool.map(send, range(1, -(-size // part_bytes) + 1)))
 
             def finish() -> str:
                 return self._client.complete_multipart_upload(
-                    **place, UploadId=upload, MultipartUpload={"Parts": parts}, **condition
+                    **place, UploadId=upload, MultipartUpload={"Parts": parts}
                 )["ETag"]
 
             return self._call("upload", key, finish, tries)
@@ -276,7 +262,7 @@ class S3Store(ObjectStore):
             parts = urlsplit(self.config.endpoint_url)
             options = {"endpoint_override": parts.netloc.rpartition("@")[2], "scheme": parts.scheme}
         filesystem = S3FileSystem(
-            region=self._region,
+            region=self.requests.region,
             connect_timeout=5.0,
             request_timeout=min(20.0, self.config.request_timeout_s),
             **options,
@@ -332,7 +318,7 @@ class S3Store(ObjectStore):
             self.delete(key)
         if ignored:
             raise StorageError(
-                f"{self.uri}: the server at {self.endpoint} does not honour conditional writes "
+                f"{self.uri}: the server at {self.requests.endpoint} does not honour conditional writes "
                 f"({', '.join(ignored)}), so two jobs could overwrite each other's artifacts. Use a server "
                 "that does, or set storage.single_writer: true and run one job at a time."
             )
@@ -345,77 +331,3 @@ class S3Store(ObjectStore):
 
     def _relative(self, key: str) -> str:
         return key[len(self.prefix) + 1 :] if self.prefix else key
-
-    def _call(
-        self, operation: str, key: str, request: Callable[[], Answer], tries: _Tries | None = None
-    ) -> Answer:
-        """Runs a request until it succeeds, fails for good, or the time bound is over."""
-        begin = time.monotonic()
-        attempt = 0
-        while True:
-            try:
-                answer = request()
-            except REQUEST_ERRORS as error:
-                fault = explain(error)
-                waited = time.monotonic() - begin
-                if fault.code:
-                    self._reached = True
-                bound = self.config.request_timeout_s
-                if fault.no_contact and not self._reached:
-                    bound = min(bound, _FIRST_CONTACT_S)
-                pause = random.uniform(0.5, 1.0) * min(5.0, 0.1 * 2**attempt)
-                if not fault.transient or waited + pause > bound:
-                    raise self._typed(operation, key, fault, attempt + 1, waited) from None
-                if tries is not None and not fault.no_contact:
-                    tries.uncertain = True
-                attempt += 1
-                _LOG.info(
-                    "%s of %s: %s; try %d follows", operation, key, self._redact(fault.reason), attempt + 1
-                )
-                time.sleep(pause)
-            else:
-                self._reached = self._bucket_seen = True
-                return answer
-
-    def _typed(self, operation: str, key: str, fault: Fault, attempts: int, seconds: float) -> StorageError:
-        if operation == "head" and fault.code == "AccessDenied":
-            fault = self._reason_of_refusal(key, fault)
-        where = f"{operation} of {key!r} in {self.uri}"
-        if fault.precondition:
-            return PreconditionFailed(f"{where}: the object exists already, or has changed since it was read")
-        if fault.missing:
-            if self._bucket_is_missing():
-                return StorageError(f"{where}: the bucket {self.bucket!r} does not exist at {self.endpoint}")
-            return ObjectNotFound(f"{where}: no such object")
-        if fault.code in ("InvalidRange", "416"):
-            return _OutOfRange(where)
-        tail = f" ({attempts} tries in {seconds:.1f} s)" if attempts > 1 else ""
-        return StorageError(self._redact(f"{where}: {fault.reason}; endpoint {self.endpoint}{tail}"))
-
-    def _reason_of_refusal(self, key: str, fault: Fault) -> Fault:
-        """A HEAD answer has no body to say why it was refused; the same GET has."""
-        try:
-            self._client.get_object(**self._at(key), Range="bytes=0-0")["Body"].close()
-        except REQUEST_ERRORS as error:
-            reason = explain(error)
-            return reason if reason.code and not reason.missing else fault
-        return fault
-
-    def _bucket_is_missing(self) -> bool:
-        """A HEAD of an object answers 404 for a missing bucket too; asked once."""
-        if not self._bucket_seen:
-            try:
-                self._client.head_bucket(Bucket=self.bucket)
-            except REQUEST_ERRORS as error:
-                return explain(error).code in ("404", "NoSuchBucket")
-            self._bucket_seen = True
-        return False
-
-    def _redact(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
-
-
-class _OutOfRange(StorageError):
-    """A range that begins at or beyond the end of the object."""

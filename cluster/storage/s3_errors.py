@@ -59,12 +59,14 @@ class Fault:
         code: the server's error code, '' when there was no answer.
         transient: another try may succeed.
         no_contact: the server was not reached at all.
+        damaged: the content is not what its checksum says; a few tries tell whether it is so in storage.
     """
 
     reason: str
     code: str = ""
     transient: bool = False
     no_contact: bool = False
+    damaged: bool = False
 
     @property
     def missing(self) -> bool:
@@ -92,7 +94,7 @@ def explain(error: Exception) -> Fault:
     if isinstance(error, (boto.IncompleteReadError, boto.ResponseStreamingError)):
         return Fault("the answer broke off", transient=True)
     if isinstance(error, boto.FlexibleChecksumError):
-        return Fault("the answer does not match its checksum", transient=True)
+        return Fault("the content does not match its checksum", transient=True, damaged=True)
     if isinstance(error, (boto.HTTPClientError, HTTPError, ConnectionError)):
         return Fault("the connection broke", transient=True)
     if isinstance(error, ResponseParserError):
@@ -111,7 +113,8 @@ def _explain_answer(error: ClientError) -> Fault:
     if code == "NoSuchBucket":
         return Fault("the bucket does not exist (NoSuchBucket)", code)
     if code in ("AccessDenied", "403", "AllAccessDisabled"):
-        return Fault("access denied: the credentials do not allow this (AccessDenied)", "AccessDenied")
+        needed = "s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket"
+        return Fault(f"access denied (AccessDenied); needed are {needed}", "AccessDenied")
     if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "301", "307"):
         return Fault(f"the bucket is in another region; set storage.region ({code})", code)
     transient = code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import random
 import time
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage.api import ObjectInfo
 from cluster.storage.s3_errors import REQUEST_ERRORS, explain
-from colbert_core.errors import StorageError
+from cluster.storage.s3_requests import backoff
+from colbert_core.errors import PreconditionFailed, StorageError
 
 if TYPE_CHECKING:
     from cluster.storage.s3 import S3Store
@@ -27,6 +27,7 @@ class S3Reader(io.RawIOBase):
         self._store = store
         self._info = info
         self._position = 0
+        self._delivered = False
         self._body: Any = None
 
     def readable(self) -> bool:
@@ -57,14 +58,14 @@ class S3Reader(io.RawIOBase):
         while True:
             try:
                 if self._body is None:
-                    self._body = self._store.stream(self._info.key, self._position, self._info.etag)
+                    self._body = self._stream()
                 chunk = self._body.read(wanted)
                 if not chunk:
                     raise ConnectionError("the body ended early")
             except REQUEST_ERRORS as error:
                 fault = explain(error)
                 self._drop()
-                pause = random.uniform(0.5, 1.0) * min(5.0, 0.1 * 2**attempt)
+                pause = backoff(attempt)
                 waited = time.monotonic() - begin
                 if not fault.transient or waited + pause > self._store.config.request_timeout_s:
                     raise StorageError(
@@ -76,7 +77,21 @@ class S3Reader(io.RawIOBase):
             else:
                 buffer[: len(chunk)] = chunk
                 self._position += len(chunk)
+                self._delivered = True
                 return len(chunk)
+
+    def _stream(self) -> Any:
+        key = self._info.key
+        try:
+            return self._store.stream(key, self._position, self._info.etag)
+        except PreconditionFailed:
+            if self._delivered:
+                raise StorageError(
+                    f"read of {key!r} in {self._store.uri}: it has changed meanwhile"
+                ) from None
+            # Nothing was read yet: what is there now is as good.
+            self._info = self._store.head(key)
+            return self._store.stream(key, self._position, self._info.etag)
 
     def close(self) -> None:
         self._drop()

@@ -1,0 +1,421 @@
+"""Every fault against every operation: what must come of it, and the table that says so.
+
+``python -m tests.fault_matrix`` runs all cases and writes ``docs/reliability.md``; the integration tests
+run the same cases and compare each with its row of that file.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from cluster.artifacts import ArtifactRef
+from cluster.registry import Registry
+from colbert_core.errors import RaycolbertError
+from tests.fault_proxy import Fault, FaultProxy
+from tests.registry_contract import KILLED_PUBLISH, contents, write
+from tests.s3_server import S3Server
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
+Operation = Literal["publish", "pull", "promote"]
+
+V1, V2 = ArtifactRef("models", "ja", "v1"), ArtifactRef("models", "ja", "v2")
+# One file of two parts, and one of a single request.
+FILES = {"weights.bin": bytes(range(256)) * 35_000, "config.json": b'{"dim": 128}' * 100}
+ONE_TRY_S, PATIENT_S = 3.0, 40.0
+
+
+# A process that cannot write a file above 1 MB: the write fails half-way, as on a full disk.
+_PULL_ON_A_FULL_DISK = """
+import resource, signal, sys
+from cluster.config import StorageConfig
+from cluster.registry import ArtifactRef, Registry
+from colbert_core.errors import RaycolbertError
+
+registry = Registry.open(StorageConfig.model_validate_json(sys.argv[1]))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+try:
+    registry.pull(ArtifactRef("models", "ja", "v1"))
+    print("succeeds")
+except RaycolbertError as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault in one operation.
+
+    Attributes:
+        fault: for the table.
+        operation: what is going on.
+        outcome: ``succeeds``, or the error's type and a part of its message.
+        faults: installed in the proxy while the operation runs.
+        special: set-up of faults that are not the network's.
+        timeout_s: ``storage.request_timeout_s``; an error must come within three times this.
+    """
+
+    fault: str
+    operation: Operation
+    outcome: str
+    faults: tuple[Fault, ...] = ()
+    special: Literal["", "kill_server", "kill_client", "full_disk"] = ""
+    timeout_s: float = 6.0
+
+    @property
+    def row(self) -> str:
+        """The case's line of the table."""
+        then = _THEN[self.operation, self.outcome == "succeeds"]
+        return f"| {self.fault} | {self.operation} | {self.outcome} | {then} |"
+
+
+_THEN = {
+    ("publish", True): "the version is visible, every byte verified",
+    ("publish", False): "no version is visible; a later publish succeeds",
+    ("pull", True): "the files are complete, every byte verified",
+    ("pull", False): "nothing is installed; a later pull succeeds",
+    ("promote", True): "the alias has moved; its history has the movement once",
+    ("promote", False): "the alias and its history are as before",
+}
+_WEIGHTS, _ALIAS, _MANIFEST = "weights.bin", "production.json", "manifest.json"
+_ONCE: list[tuple[str, Fault]] = [
+    ("connection closed before the server reads the request, twice", Fault("refuse", times=2)),
+    ("500 InternalError, three times", Fault("error", times=3)),
+    ("503 SlowDown, three times", Fault("error", times=3, status=503, code="SlowDown")),
+    ("no answer for 5 s", Fault("stall")),
+]
+_FOR_EVER: list[tuple[str, Fault, str]] = [
+    ("500 InternalError for ever", Fault("error", times=None), "StorageError: the server answered 500"),
+    (
+        "credentials expired",
+        Fault("error", times=None, status=403, code="ExpiredToken"),
+        "StorageError: the credentials have expired",
+    ),
+    (
+        "access denied",
+        Fault("error", times=None, status=403, code="AccessDenied"),
+        "StorageError: access denied",
+    ),
+]
+_TARGET: dict[Operation, tuple[tuple[str, ...], str]] = {
+    "publish": (("PUT", "POST"), ""),
+    "pull": (("GET",), _WEIGHTS),
+    "promote": (("PUT",), _ALIAS),
+}
+
+
+def _at(fault: Fault, operation: Operation) -> Fault:
+    method, path = _TARGET[operation]
+    return replace(fault, method=method, path=path)
+
+
+def _cases() -> Iterator[Case]:
+    operations: tuple[Operation, ...] = ("publish", "pull", "promote")
+    for text, fault in _ONCE:
+        for operation in operations:
+            yield Case(text, operation, "succeeds", (_at(fault, operation),))
+    put = Fault("lose_answer", method=("PUT",))
+    lost = "answer lost after the server has written"
+    yield Case(f"{lost} the manifest", "publish", "succeeds", (replace(put, path=_MANIFEST),))
+    yield Case(f"{lost} any part", "publish", "succeeds", (replace(put, path=_WEIGHTS, times=3),))
+    finish = replace(put, method=("POST",), path="uploadId=")
+    yield Case("answer lost after the server has joined the parts", "publish", "succeeds", (finish,))
+    yield Case(f"{lost} the alias", "promote", "succeeds", (replace(put, path=_ALIAS),))
+    after = Fault("error_after", method=("PUT",))
+    text = "500 after the server has written"
+    yield Case(f"{text} the manifest", "publish", "succeeds", (replace(after, path=_MANIFEST),))
+    yield Case(f"{text} the alias", "promote", "succeeds", (replace(after, path=_ALIAS),))
+
+    body = Fault("break_body", method=("GET",))
+    yield Case(
+        "connection breaks inside a body, three times",
+        "pull",
+        "succeeds",
+        (replace(body, path=_WEIGHTS, times=3),),
+    )
+    yield Case(
+        "connection breaks inside a body, three times",
+        "promote",
+        "succeeds",
+        (replace(body, path=_ALIAS, times=3),),
+    )
+    short = Fault("shorten_body", method=("GET",))
+    text = "body cut short under headers that agree with it"
+    yield Case(f"{text}, once", "pull", "succeeds", (replace(short, path=_WEIGHTS),))
+    yield Case(
+        f"{text}, a manifest",
+        "pull",
+        "IntegrityError: does not match its checksum",
+        (replace(short, path=_MANIFEST, times=None),),
+    )
+    yield Case(
+        f"{text}, an alias",
+        "promote",
+        "IntegrityError: does not match its checksum",
+        (replace(short, path=_ALIAS, times=None),),
+    )
+    flip = Fault("flip_body", method=("GET",))
+    yield Case("one bit of a body flipped, once", "pull", "succeeds", (replace(flip, path=_WEIGHTS),))
+    yield Case(
+        "one bit of a body flipped, every time",
+        "pull",
+        "IntegrityError: does not match its SHA-256",
+        (replace(flip, path=_WEIGHTS, times=None),),
+    )
+    yield Case(
+        "one bit of an alias flipped, every time",
+        "promote",
+        "IntegrityError: does not match its checksum",
+        (replace(flip, path=_ALIAS, times=None),),
+    )
+    etag = Fault("wrong_etag")
+    yield Case(
+        "wrong ETag of an object, once", "pull", "succeeds", (replace(etag, method=("HEAD",), path=_WEIGHTS),)
+    )
+    yield Case(
+        "wrong ETag of a part, once",
+        "publish",
+        "succeeds",
+        (replace(etag, method=("PUT",), path="partNumber=2"),),
+    )
+    yield Case(
+        "wrong ETag of an alias, once", "promote", "succeeds", (replace(etag, method=("GET",), path=_ALIAS),)
+    )
+    yield Case(
+        "wrong ETag of an alias, every time",
+        "promote",
+        "PreconditionFailed: production.json",
+        (replace(etag, method=("GET",), path=_ALIAS, times=None),),
+        timeout_s=ONE_TRY_S,
+    )
+
+    for text, fault, outcome in _FOR_EVER:
+        for operation in operations:
+            yield Case(text, operation, outcome, (_at(fault, operation),), timeout_s=ONE_TRY_S)
+    down = "StorageError: "
+    yield Case(
+        "no answer, every time",
+        "publish",
+        f"{down}did not answer in time",
+        (_at(Fault("stall", times=None), "publish"),),
+        timeout_s=ONE_TRY_S,
+    )
+    yield Case(
+        "connection closed, every time",
+        "pull",
+        f"{down}the connection broke",
+        (_at(Fault("refuse", times=None), "pull"),),
+        timeout_s=ONE_TRY_S,
+    )
+    yield Case(
+        "a server that ignores conditional writes",
+        "publish",
+        f"{down}does not honour conditional writes",
+        (Fault("ignore_condition", method=("PUT",), times=None),),
+    )
+    yield Case("publisher killed before the manifest", "publish", "succeeds", special="kill_client")
+    yield Case(
+        "disk full (a limit on the size of files stands for it)",
+        "pull",
+        f"{down}no space left",
+        (),
+        special="full_disk",
+    )
+
+
+CASES = tuple(_cases())
+OUTAGES = tuple(
+    Case(
+        "server killed while the files move, and started again",
+        operation,
+        "succeeds",
+        special="kill_server",
+        timeout_s=PATIENT_S,
+    )
+    for operation in ("publish", "pull")
+)
+
+
+class Result:
+    """What came of a case.
+
+    Attributes:
+        outcome: ``succeeds`` or ``<type>: <message>``.
+        seconds: how long the operation took.
+    """
+
+    def __init__(self, outcome: str, seconds: float) -> None:
+        self.outcome = outcome
+        self.seconds = seconds
+
+    def agrees(self, case: Case) -> bool:
+        """Whether this is the outcome that the case states."""
+        kind, _, message = case.outcome.partition(": ")
+        return self.outcome.startswith(kind) and message in self.outcome
+
+
+def run(case: Case, server: S3Server, bucket: str, directory: Path) -> Result:
+    """Runs a case against a real server, and checks what it left behind.
+
+    Args:
+        case: the case.
+        server: reached through the proxy by the operation, and directly by the checks.
+        bucket: a bucket of the server.
+        directory: empty, for sources and caches.
+
+    Raises:
+        AssertionError: something half-done is visible, or the fault did not happen.
+    """
+    root = f"s3://{bucket}/{time.time_ns()}"
+    source = write(directory / "source", FILES)
+    direct = Registry.open(server.storage(root, cache_dir=str(directory / "direct")))
+    if case.operation != "publish":
+        direct.publish(V1, source)
+    if case.operation == "promote":
+        direct.publish(V2, write(directory / "second", {"a": b"2"}))
+        direct.promote(V1, "production")
+    with FaultProxy(server.endpoint_url) as proxy, ExitStack() as stack:
+        config = server.storage(
+            root, cache_dir=str(directory / "cache"), request_timeout_s=case.timeout_s
+        ).model_copy(update={"endpoint_url": proxy.url})
+        faulty = Registry.open(config)
+        if not any(fault.kind == "ignore_condition" for fault in case.faults):
+            faulty.store.put("warm", b"", if_absent=True)
+        # A fault counts its strikes, so that every run needs its own.
+        faults = [stack.enter_context(proxy.fault(replace(fault, hits=0))) for fault in case.faults]
+        if case.special == "kill_server":
+            stack.enter_context(_killing(server, proxy, case.operation))
+        operation = _operation(case.operation, faulty, source)
+        if case.special == "kill_client":
+            command = [sys.executable, "-c", KILLED_PUBLISH, config.model_dump_json(), str(source)]
+            assert subprocess.run(command, check=False).returncode == 9
+            assert not direct.exists(V1)
+        begin = time.monotonic()
+        if case.special == "full_disk":
+            command = [sys.executable, "-c", _PULL_ON_A_FULL_DISK, config.model_dump_json()]
+            outcome = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        else:
+            outcome = _outcome(operation)
+        seconds = time.monotonic() - begin
+        assert all(fault.hits for fault in faults), "the fault did not happen"
+    _check(case, outcome, direct, directory)
+    return Result(outcome, seconds)
+
+
+def _operation(name: Operation, registry: Registry, source: Path) -> Callable[[], object]:
+    return {
+        "publish": lambda: registry.publish(V1, source),
+        "pull": lambda: registry.pull(V1),
+        "promote": lambda: registry.promote(V2, "production"),
+    }[name]
+
+
+def _outcome(operation: Callable[[], object]) -> str:
+    try:
+        operation()
+    except RaycolbertError as error:
+        return f"{type(error).__name__}: {error}"
+    return "succeeds"
+
+
+def _check(case: Case, outcome: str, direct: Registry, directory: Path) -> None:
+    """Nothing half-done is visible, and a failed operation succeeds when the fault is over."""
+    good = outcome == "succeeds"
+    if case.operation == "publish":
+        assert direct.exists(V1) == good, outcome
+        assert direct.versions("models", "ja") == (["v1"] if good else []), outcome
+        if not good:
+            direct.publish(V1, directory / "source")
+        assert direct.verify(V1) == []
+        assert contents(direct.pull(V1)) == FILES
+    elif case.operation == "pull":
+        installed = list((directory / "cache").glob("artifacts/models/ja/*"))
+        assert len(installed) == good, outcome
+        assert not list((directory / "cache").glob("building/*"))
+        if good:
+            assert contents(installed[0]) == FILES
+        assert contents(direct.pull(V1)) == FILES
+    else:
+        alias = direct.alias("models", "ja", "production")
+        assert [move.version for move in alias.history] == (["v1", "v2"] if good else ["v1"]), outcome
+        assert alias.version == ("v2" if good else "v1")
+
+
+@contextmanager
+def _killing(server: S3Server, proxy: FaultProxy, operation: Operation) -> Iterator[None]:
+    """Kills the server when the large file begins to move, and starts it again."""
+    restarted: list[bool] = []
+
+    def watch() -> None:
+        wanted = "PUT" if operation == "publish" else "GET"
+        deadline = time.monotonic() + 20
+        while not any(m == wanted and _WEIGHTS in path for m, path in list(proxy.requests)):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.0005)
+        server.restart()
+        restarted.append(True)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        assert restarted, "the server was never killed"
+
+
+def document(cases: Sequence[Case]) -> str:
+    """The text of ``docs/reliability.md``."""
+    lines = [
+        "# What happens when storage fails",
+        "",
+        "Each row is run against a real S3 server (SeaweedFS) behind a proxy that makes the fault; the last",
+        "column is checked afterwards, past the proxy. A request is tried again, with exponential backoff",
+        "and jitter, for `storage.request_timeout_s` seconds; then, or at once where trying again is",
+        "useless, the operation ends in a typed error that names operation, key and storage.",
+        "",
+        "Written by `python -m tests.fault_matrix`; `tests/integration/test_storage_faults.py` and",
+        "`test_storage_outage.py` run the same cases and fail if a row is missing or no longer true.",
+        "",
+        "| fault | operation | outcome | afterwards |",
+        "|---|---|---|---|",
+        *(case.row for case in cases),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs all cases and writes the document; exits 1 if a case has another outcome than stated."""
+    os.environ |= S3Server.environment()
+    wrong = []
+    server = S3Server().start()
+    try:
+        bucket = server.new_bucket("faults")
+        for case in (*CASES, *OUTAGES):
+            with tempfile.TemporaryDirectory() as directory:
+                result = run(case, server, bucket, Path(directory))
+            print(f"{result.seconds:5.1f} s  {case.row}\n         {result.outcome}")
+            if not result.agrees(case):
+                wrong.append(case)
+    finally:
+        server.stop()
+    for case in wrong:
+        print(f"NOT as stated: {case.row}")
+    if not wrong:
+        DOCUMENT.write_text(document((*CASES, *OUTAGES)))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

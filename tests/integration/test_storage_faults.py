@@ -1,0 +1,86 @@
+"""Networks and servers at their worst: every operation ends well or in a typed error, nothing half-done."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import open_store
+from tests.fault_matrix import CASES, DOCUMENT, OUTAGES, Case, Result, document, run
+from tests.fault_proxy import Fault, FaultProxy
+from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: S3Server) -> str:
+    return s3_server.new_bucket("faults")
+
+
+@pytest.fixture(scope="module")
+def log() -> Iterator[io.StringIO]:
+    """All that the project logs while the cases run."""
+    text = io.StringIO()
+    handler, logger = logging.StreamHandler(text), logging.getLogger("cluster")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield text
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+@pytest.fixture(scope="module")
+def results(
+    request: pytest.FixtureRequest,
+    s3_server: S3Server,
+    bucket: str,
+    log: io.StringIO,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Future[Result]]]:
+    """The chosen cases, several at once: most of their time is waiting."""
+    items = [item for item in request.session.items if item.name.startswith("test_fault[")]
+    chosen = [item.callspec.params["case"] for item in items] or CASES
+    with ThreadPoolExecutor(6) as pool:
+        yield {
+            case.row: pool.submit(run, case, s3_server, bucket, tmp_path_factory.mktemp("case"))
+            for case in chosen
+        }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation}-{case.fault}")
+def test_fault(case: Case, results: dict[str, Future[Result]], log: io.StringIO) -> None:
+    result = results[case.row].result()
+    assert result.agrees(case), result.outcome
+    assert result.seconds < 3 * case.timeout_s
+    for secret in (ACCESS_KEY, SECRET_KEY):
+        assert secret not in result.outcome
+        assert secret not in log.getvalue()
+
+
+def test_retries_are_logged(results: dict[str, Future[Result]], log: io.StringIO) -> None:
+    for future in results.values():
+        future.result()
+    assert "503 SlowDown; try 2 follows" in log.getvalue()
+
+
+def test_the_document_has_these_rows() -> None:
+    assert DOCUMENT.read_text() == document((*CASES, *OUTAGES)), "run python -m tests.fault_matrix"
+
+
+def test_the_proxy_is_transparent_without_faults(s3_server: S3Server, bucket: str, tmp_path: Path) -> None:
+    source = tmp_path / "f"
+    source.write_bytes(b"0123456789" * 1_000_000)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        config = s3_server.storage(f"s3://{bucket}/transparent", request_timeout_s=5)
+        store = open_store(config.model_copy(update={"endpoint_url": proxy.url}))
+        store.upload("f", source, if_absent=True)
+        assert store.get_range("f", 5, 10) == b"5678901234"
+        assert [info.size for info in store.list()] == [10_000_000]
+        with proxy.fault(Fault("refuse", times=1)) as fault:
+            assert store.exists("f")
+        assert fault.hits == 1

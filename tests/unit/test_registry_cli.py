@@ -1,0 +1,174 @@
+"""``raycolbert registry``: tables and JSON of every command, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cluster.config import StorageConfig
+from cluster.registry import Parent, Registry
+from jobs.registry_cli import app
+from tests.registry_contract import FILES, contents, ref, write
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """Two versions and an index made from the second, which is in production."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    registry = Registry.open(StorageConfig(root=str(tmp_path / "root")))
+    source = write(tmp_path / "source")
+    registry.publish(ref("v1"), source, metrics={"nDCG@10": 0.25}, recipe={"seed": 1})
+    parents = [Parent(ref("v1"), 0.5)]
+    registry.publish(ref("v2"), source, metrics={"nDCG@10": 0.5}, recipe={"seed": 2}, parents=parents)
+    index = ref("i1", kind="indexes", name="corpus")
+    registry.publish(index, source, parents=[Parent(ref("v2"))])
+    registry.promote(ref("v1"), "production", by="first")
+    registry.promote(ref("v2"), "production", by="second")
+    return registry
+
+
+@pytest.fixture
+def run(registry: Registry) -> Run:
+    def run(*arguments: str, status: int = 0) -> Result:
+        result = CliRunner().invoke(app, [*arguments, "--root", registry.store.uri])
+        assert result.exit_code == status, result.output
+        return result
+
+    return run
+
+
+def plain(result: Result) -> Any:
+    """The JSON that a command printed."""
+    return json.loads(result.stdout)
+
+
+def test_list(run: Run) -> None:
+    table = run("list").stdout
+    for text in ("models/ja@v1", "models/ja@v2", "indexes/corpus@i1", "production"):
+        assert text in table
+    found = plain(run("list", "--json"))
+    assert [(row["ref"], row["aliases"]) for row in found] == [
+        ("indexes/corpus@i1", []),
+        ("models/ja@v2", ["production"]),
+        ("models/ja@v1", []),
+    ]
+    assert found[1]["size"] == sum(map(len, FILES.values()))
+    assert [row["ref"] for row in plain(run("list", "indexes", "--json"))] == ["indexes/corpus@i1"]
+    assert len(plain(run("list", "models/ja", "--json"))) == 2
+    assert plain(run("list", "data", "--json")) == []
+    assert "models, data, indexes" in run("list", "weights", status=2).stderr
+
+
+def test_show(run: Run) -> None:
+    table = run("show", "models/ja@production").stdout
+    for text in ("models/ja@v2", "model.bin", "nDCG@10", "0.5000", "models/ja@v1 × 0.5", "second"):
+        assert text in table
+    found = plain(run("show", "models/ja@production", "--json"))
+    assert (found["version"], found["recipe"]) == ("v2", {"seed": 2})
+    assert [move["by"] for move in found["aliases"]["production"]["history"]] == ["first", "second"]
+    assert "there are: v1, v2, production" in run("show", "models/ja@v9", status=2).stderr
+
+
+def test_verify(run: Run, registry: Registry) -> None:
+    assert "intact" in run("verify", "models/ja@v1", "models/ja@production").stdout
+    registry.store.put("models/ja/v2/files/model.bin", b"x")
+    assert plain(run("verify", "models/ja@v1", "--json")) == {"models/ja@v1": []}
+    result = run("verify", "models/ja@v1", "models/ja@v2", status=2)
+    assert "model.bin: 1 bytes" in result.stdout
+    assert "damaged: models/ja@v2" in result.stderr
+
+
+def test_promote_and_rollback(run: Run, registry: Registry) -> None:
+    assert (
+        "points to v2, not to v9"
+        in run("promote", "models/ja@v1", "production", "--expected", "v9", status=2).stderr
+    )
+    moved = plain(run("promote", "models/ja@v1", "production", "--expected", "v2", "--json"))
+    assert (moved["version"], len(moved["history"])) == ("v1", 3)
+    assert "alias ja@production → v2" in run("rollback", "models/ja@production").stdout
+    assert registry.resolve("models", "ja@production") == ref("v2")
+    assert "does not exist" in run("rollback", "models/ja@staging", status=2).stderr
+
+
+def test_diff_and_lineage(run: Run) -> None:
+    table = run("diff", "models/ja@v1", "models/ja@v2").stdout
+    for text in ("recipe", "seed", "nDCG@10", "0.25", "parents"):
+        assert text in table
+    changes = plain(run("diff", "models/ja@v1", "models/ja@v2", "--json"))
+    assert {"section": "recipe", "key": "seed", "before": 1, "after": 2} in changes
+    assert "same content" in run("diff", "models/ja@v1", "models/ja@v1").stdout
+    tree = run("lineage", "indexes/corpus@i1").stdout.splitlines()
+    assert [next(w for w in line.split() if "@" in w) for line in tree] == [
+        "indexes/corpus@i1",
+        "models/ja@v2",
+        "models/ja@v1",
+    ]
+    assert "× 0.5" in tree[2]
+    found = plain(run("lineage", "indexes/corpus@i1", "--json"))
+    assert found["parents"][0]["parents"][0] == {
+        "ref": "models/ja@v1",
+        "weight": 0.5,
+        "exists": True,
+        "metrics": {"nDCG@10": 0.25},
+        "parents": [],
+    }
+
+
+def test_gc_looks_first(run: Run, registry: Registry, tmp_path: Path) -> None:
+    registry.publish(ref("unused"), write(tmp_path / "other", {"f": b"x" * 5000}))
+    assert plain(run("gc", "--json"))["garbage"] == []
+    looked = run("gc", "--days", "0").stdout
+    assert "models/ja@unused" in looked
+    assert "nothing was removed" in looked
+    found = plain(run("gc", "--days", "0", "--delete", "--json"))
+    assert {item["name"] for item in found["garbage"]} == {"models/ja@unused", "indexes/corpus@i1"}
+    assert found["kept_versions"] == 2
+    assert datetime.fromisoformat(found["garbage"][0]["modified"]) > datetime.now(timezone.utc) - timedelta(
+        hours=1
+    )
+    assert registry.versions("models", "ja") == ["v1", "v2"]
+
+
+def test_push_and_pull(run: Run, tmp_path: Path) -> None:
+    source = str(tmp_path / "source")
+    assert "published models/ja@v3: 3 files" in run("push", source, "models/ja@v3").stdout
+    pushed = plain(run("push", source, "models/ja@v4", "--parent", "models/ja@production", "--json"))
+    assert pushed["ref"] == "models/ja@v4"
+    assert plain(run("lineage", "models/ja@v4", "--json"))["parents"][0]["ref"] == "models/ja@v2"
+    assert "never rewritten" in run("push", source, "models/ja@v3", status=2).stderr
+    cached = Path(run("pull", "models/ja@v3").stdout.strip())
+    assert contents(cached) == FILES
+    copy = tmp_path / "copy"
+    assert plain(run("pull", "models/ja@production", "--to", str(copy), "--json"))["directory"] == str(copy)
+    assert contents(copy) == FILES
+    (copy / "model.bin").write_bytes(b"a copy may be changed")
+    assert contents(cached) == FILES
+    assert "exists already" in run("pull", "models/ja@v3", "--to", str(copy), status=2).stderr
+    part = tmp_path / "part"
+    run("pull", "models/ja@v3", "--only", "config.json", "--to", str(part))
+    assert os.listdir(part) == ["config.json"]  # noqa: PTH208
+
+
+def test_the_storage_may_come_from_a_recipe(registry: Registry, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: r\nstorage: {{root: {registry.store.uri}}}\nmodel: {{name: ja, base: nowhere}}\n",
+        encoding="utf-8",
+    )
+    result = CliRunner().invoke(app, ["list", "--json", "--recipe", str(recipe)])
+    assert len(plain(result)) == 3
+    result = CliRunner().invoke(app, ["list"], env={"RAYCOLBERT_ROOT": registry.store.uri})
+    assert "models/ja@v1" in result.stdout
+    result = CliRunner().invoke(app, ["list"])
+    assert result.exit_code == 2
+    assert "say where: --root" in result.stderr
