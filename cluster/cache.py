@@ -75,6 +75,7 @@ class ArtifactCache:
             if self._is_complete(target, manifest, wanted):
                 return target
             sizes = {manifest.files[path].sha256: manifest.files[path].size for path in wanted}
+            self._drop_abandoned()
             self.evict(sum(size for digest, size in sizes.items() if not self._blob(digest).exists()))
             self._build(store, manifest, keys, target)
         except OSError as error:
@@ -173,8 +174,9 @@ class ArtifactCache:
                 raise IntegrityError(f"{where}: {size} bytes, the manifest says {entry.size}")
             if digest.hexdigest() != entry.sha256:
                 raise IntegrityError(f"{where}: the content does not match its SHA-256")
-            _seal(loading)
+            # Sealed in its place only: the old time stamp would make it look abandoned here.
             loading.replace(blob)
+            _seal(blob)
         except ObjectNotFound:
             raise IntegrityError(f"{where}: the manifest names this file, but it is missing") from None
         finally:
@@ -184,14 +186,17 @@ class ArtifactCache:
         return all(_is_sealed(target / path, manifest.files[path].size) for path in wanted)
 
     def _building_directory(self) -> Path:
-        """Where unfinished work lies; what a killed process left there is removed after a day."""
+        """Where unfinished work lies."""
         path = self.directory / "building"
         path.mkdir(parents=True, exist_ok=True)
-        for left in path.iterdir():
+        return path
+
+    def _drop_abandoned(self) -> None:
+        """Removes what a process that was killed a day ago or more had not finished."""
+        for left in self._building_directory().iterdir():
             with suppress(FileNotFoundError):
                 if left.stat().st_mtime < time.time() - _ABANDONED_S:
                     _remove_tree(left)
-        return path
 
     def _target(self, manifest: Manifest, some: list[str] | None) -> Path:
         # The digest keeps versions of the same name from two storages apart.
