@@ -14,6 +14,9 @@ from colbert_core.errors import ConfigError
 
 Kind = Literal["models", "data", "indexes"]
 
+# How mining and scoring are spread does not change what they find.
+_PARALLEL = {"workers", "cpus_per_worker", "gpus_per_worker"}
+
 
 @dataclass(frozen=True, order=True)
 class ArtifactRef:
@@ -48,7 +51,12 @@ def candidates_ref(recipe: Recipe, tuples: str) -> ArtifactRef:
     mining = tuple_set.mine
     assert mining is not None  # a tuple set has exactly one origin
     scorers = {pool.scorer: scorer_identity(recipe, pool.scorer) for pool in mining.pools}
-    digest = fingerprint(mining, recipe.data.sources[mining.source], recipe.data.root, scorers, recipe.seed)
+    digest = fingerprint(
+        mining.model_dump(mode="json", exclude=_PARALLEL),
+        recipe.data.sources[mining.source],
+        recipe.data.root,
+        scorers,
+    )
     return ArtifactRef("data", name, digest)
 
 
@@ -61,8 +69,7 @@ def tuples_ref(recipe: Recipe, tuples: str) -> ArtifactRef:
         origin = candidates_ref(recipe, tuples).version
     scoring = tuple_set.score
     scorers = {name: scorer_identity(recipe, name) for name in scoring.scorers} if scoring else {}
-    parallel = {"workers", "cpus_per_worker", "gpus_per_worker"}
-    score_plain = scoring.model_dump(mode="json", exclude=parallel) if scoring else None
+    score_plain = scoring.model_dump(mode="json", exclude=_PARALLEL) if scoring else None
     return ArtifactRef("data", f"{recipe.name}-{tuples}", fingerprint(origin, score_plain, scorers))
 
 

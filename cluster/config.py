@@ -102,6 +102,9 @@ class Mining(FrozenModel):
         "a micro-batch of that size encodes each shared document once",
     )
     seed: int = 42
+    workers: int = Field(1, ge=1, description="scorer actors that share the search; 1: this process")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0, description="above 0, even one worker is an actor")
 
 
 class Scoring(FrozenModel):

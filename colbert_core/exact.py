@@ -87,10 +87,15 @@ class TopDocuments:
         columns = np.arange(first_document, first_document + scores.shape[1])
         self._merge(first_query, np.broadcast_to(columns, scores.shape), scores)
 
-    def merge_documents(self, query: int, documents: Sequence[int], scores: NDArray[np.float32]) -> None:
-        """Takes the scores of some documents, given by their positions, for one query."""
-        if self._depth and len(documents):
-            self._merge(query, np.asarray(documents, dtype=np.int64)[None], scores[None])
+    def merge_documents(
+        self, first_query: int, documents: NDArray[np.int64], scores: NDArray[np.float32]
+    ) -> None:
+        """Takes scores ``[queries, n]`` of documents that are given by their positions ``[queries, n]``.
+
+        The documents of one query are distinct and were not merged before.
+        """
+        if self._depth and scores.size:
+            self._merge(first_query, documents, scores)
 
     def _merge(self, first_query: int, documents: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
         rows = slice(first_query, first_query + len(scores))
@@ -114,7 +119,12 @@ class TopDocuments:
 
 
 def exact_search(
-    queries: RaggedVectors, document_ids: Sequence[str], blocks: Iterable[RaggedVectors], depth: int
+    queries: RaggedVectors,
+    document_ids: Sequence[str],
+    blocks: Iterable[RaggedVectors],
+    depth: int,
+    *,
+    span: tuple[int, int] | None = None,
 ) -> Ranking:
     """The ``depth`` documents of highest MaxSim for each query, none approximated or left out.
 
@@ -125,22 +135,24 @@ def exact_search(
         document_ids: ids of all documents.
         blocks: their token vectors in the same order, any number of documents at a time.
         depth: results per query.
+        span: first and last (exclusive) position of the documents that the blocks hold; default: all.
 
     Raises:
         DimensionError: queries and documents differ in dimension, or ids and documents in number.
         NonFiniteError: a vector holds a NaN or an infinity.
     """
     top = TopDocuments(len(queries), document_ids, depth)
-    begin = 0
+    start, end = span or (0, len(document_ids))
+    begin = start
     for block in blocks:
-        if begin + len(block) > len(document_ids):
-            raise DimensionError(f"more documents than the {len(document_ids)} ids")
+        if begin + len(block) > end:
+            raise DimensionError(f"more documents than the {end - start} ids")
         for first in range(0, len(queries), _QUERY_BLOCK):
             part = slice_texts(queries, first, min(first + _QUERY_BLOCK, len(queries)))
             top.merge(first, begin, exact_scores(part, block).cpu().numpy())
         begin += len(block)
-    if begin != len(document_ids):
-        raise DimensionError(f"{len(document_ids)} ids, but {begin} documents")
+    if begin != end:
+        raise DimensionError(f"{end - start} ids, but {begin - start} documents")
     return top.ranking()
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from cluster.artifacts import candidates_ref
 from cluster.config import Mining, Recipe
 from cluster.mining import MinedTuples, candidate_rows, mine
 from cluster.parts import PART_ROWS, upload_parts
+from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.report import Report
-from cluster.scorers import build_scorer
+from cluster.scorers import Scorer, build_scorer
+from cluster.scorers.distributed import DistributedScorer, ScorerWorkers
 from cluster.sources import load_source
 from jobs.launch import main
 
@@ -44,19 +47,27 @@ def _mine(recipe: Recipe, name: str, config: Mining, registry: Registry, report:
     staged = registry.staging(ref)
     with report.timed(f"{name}: source"):
         source = load_source(recipe, config.source)
-    with report.timed(f"{name}: mining"):
-        scorers = {
-            scorer: build_scorer(recipe, scorer, source, registry)
-            for scorer in dict.fromkeys(pool.scorer for pool in config.pools)
-        }
+    names = list(dict.fromkeys(pool.scorer for pool in config.pools))
+    with report.timed(f"{name}: mining"), ExitStack() as stack:
+        scorers: dict[str, Scorer]
+        if config.workers == 1 and config.gpus_per_worker == 0:
+            scorers = {scorer: build_scorer(recipe, scorer, source, registry) for scorer in names}
+        else:
+            stack.enter_context(ray_session(recipe))
+            workers = ScorerWorkers(
+                recipe, source, config.workers, config.cpus_per_worker, config.gpus_per_worker
+            )
+            stack.callback(workers.close)
+            scorers = {scorer: DistributedScorer(scorer, workers) for scorer in names}
         mined = mine(source, config, scorers)
+        statistics = {scorer: scorers[scorer].statistics() for scorer in names}
     with report.timed(f"{name}: writing"):
         counts = upload_parts(
             staged, candidate_rows(source, mined), scored=False, rows_per_part=_rows_per_part(mined)
         )
     metrics = {key: float(value) for key, value in asdict(mined.counts).items()}
-    for scorer_name, scorer in scorers.items():
-        metrics.update({f"{scorer_name}/{key}": value for key, value in scorer.statistics().items()})
+    for scorer, found in statistics.items():
+        metrics.update({f"{scorer}/{key}": value for key, value in found.items()})
     staged.commit(
         expected=list(counts),
         recipe=recipe.model_dump(mode="json"),

@@ -216,7 +216,8 @@ def rank(
     place = {document: i for i, document in enumerate(corpus_ids)}
     top = TopDocuments(len(document_ids), corpus_ids, depth)
     for query, (ids, row) in enumerate(zip(document_ids, scores, strict=True)):
-        top.merge_documents(query, [place[document] for document in ids], row)
+        positions = np.asarray([place[document] for document in ids], dtype=np.int64)
+        top.merge_documents(query, positions[None], row[None])
     return top.ranking()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol
 
 import numpy as np
@@ -81,9 +82,14 @@ class VectorScorer(Scorer):
         return np.split(scores, np.cumsum(counts)[:-1]) if counts else []
 
     def search(self, query_ids: Sequence[str], depth: int) -> Ranking:
+        return self.search_span(query_ids, depth, 0, len(self.require_source().corpus))
+
+    def search_span(self, query_ids: Sequence[str], depth: int, first: int, last: int) -> Ranking:
+        """:meth:`search` among the documents at positions ``first`` to ``last`` (exclusive) alone."""
         source = self.require_source()
         queries = self._queries.vectors(query_texts(source, query_ids))
-        return exact_search(queries, list(source.corpus), self._blocks(list(source.corpus.values())), depth)
+        texts = list(islice(source.corpus.values(), first, last))
+        return exact_search(queries, list(source.corpus), self._blocks(texts), depth, span=(first, last))
 
     def statistics(self) -> dict[str, float]:
         queries, documents = self._encoder.truncated()

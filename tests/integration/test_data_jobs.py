@@ -16,6 +16,7 @@ from cluster.config import Recipe
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.scorers import Candidates, build_ensemble, build_scorer, minmax
+from cluster.scorers.distributed import DistributedScorer, ScorerWorkers
 from cluster.sources import load_source
 from cluster.streams import TrainingTuple, TupleIndex
 from cluster.teacher import score_parts
@@ -58,8 +59,13 @@ def recipe(root: Path, storage: dict[str, Any], name: str = "test", **tuples: An
     mined = {
         "mine": {
             "source": "words",
-            "pools": [{"scorer": "bm25", "ranks": [1, 20], "take": NWAY - 1}],
+            "pools": [
+                {"scorer": "bm25", "ranks": [1, 20], "take": NWAY - 3},
+                {"scorer": "states", "ranks": [1, 20], "take": 2},
+            ],
             "group_size": 4,
+            "workers": 2,
+            "cpus_per_worker": 0.5,
         },
         "score": {"scorers": {"cross": 2.0, "bm25": 1.0}, "workers": 2, "cpus_per_worker": 0.5},
     }
@@ -161,3 +167,26 @@ def test_an_error_in_an_actor_arrives_as_it_was_raised(root: Path, storage: dict
     given = recipe(root, storage, bad={"read": files, "score": {"scorers": {"broken": 1.0}}})
     with pytest.raises(ModelError, match="there are no weights for classifier"):
         score_teacher.run(given)
+
+
+def test_workers_find_what_one_process_finds(root: Path, storage: dict[str, Any]) -> None:
+    given = recipe(root, storage)
+    registry = Registry.open(given.storage)
+    source = load_source(given, "words")
+    workers = ScorerWorkers(given, source, 2, 0.5, 0.0)
+    try:
+        queries, ids = list(source.queries)[:50], list(source.corpus)
+        for name in ("bm25", "states"):
+            alone, shared = build_scorer(given, name, source, registry), DistributedScorer(name, workers)
+            expected, found = alone.search(queries, 10), shared.search(queries, 10)
+            np.testing.assert_allclose(found.scores, expected.scores, rtol=0.01)
+            if name == "bm25":
+                assert list(found) == list(expected)
+            rows = [ids[i : i + 3] for i in range(50)]
+            for left, right in zip(alone.score(queries, rows), shared.score(queries, rows), strict=True):
+                np.testing.assert_allclose(left, right, rtol=0.01)
+        with pytest.raises(ModelError, match="there are no weights for classifier") as raised:
+            DistributedScorer("broken", workers).score(queries[:1], [ids[:1]])
+        assert type(raised.value) is ModelError
+    finally:
+        workers.close()

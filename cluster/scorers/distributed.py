@@ -1,0 +1,171 @@
+"""Searching and scoring over Ray actors, with the results of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.exceptions import RayTaskError
+from ray.util import ActorPool
+
+from cluster.config import Recipe
+from cluster.registry import Registry
+from cluster.scorers.api import Candidates, Scorer, Scores
+from cluster.scorers.build import build_scorer
+from cluster.scorers.encoders import VectorScorer
+from cluster.scorers.progress import progress
+from cluster.sources import LabelledSource, load_source
+from colbert_core.errors import RaycolbertError
+from colbert_core.exact import Ranking, TopDocuments
+
+# Shares of work per worker: enough to even out workers of different speed.
+_SHARES = 4
+_ENCODERS = ("bi_encoder", "token_maxsim", "colbert")
+
+Call = Callable[[Any, Any], Any]
+
+
+class ScorerWorkers:
+    """A pool of actors that hold the scorers of one source.
+
+    Args:
+        recipe: describes the scorers and the source.
+        source: the source, loaded; each worker loads it again.
+        workers: how many actors.
+        cpus, gpus: what each of them takes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, source: LabelledSource, workers: int, cpus: float, gpus: float
+    ) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.count = workers
+        actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Worker)
+        self.actors: list[Any] = [
+            actor.remote(recipe, source.name, max(1, int(cpus))) for _ in range(workers)
+        ]
+
+    def map(self, call: Call, shares: Sequence[Any], description: str) -> Iterator[Any]:
+        """Results of ``call(actor, share)`` as they come.
+
+        Raises:
+            RaycolbertError: what a worker raised.
+        """
+        pool = ActorPool(self.actors)
+        with progress() as bar:
+            try:
+                results: Iterable[Any] = pool.map_unordered(call, list(shares))
+                yield from bar.track(results, total=len(shares), description=description)
+            except RayTaskError as error:
+                # Ray's own class of the same name carries a page of traceback as its message.
+                if isinstance(error.cause, RaycolbertError):
+                    raise error.cause from None
+                raise
+
+    def close(self) -> None:
+        """Ends the actors."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+class DistributedScorer(Scorer):
+    """A scorer whose work is shared by :class:`ScorerWorkers`.
+
+    An encoder's workers each encode and search their part of the documents, so each document is encoded
+    once; other scorers, which need the whole corpus, take their part of the queries.
+    """
+
+    def __init__(self, name: str, workers: ScorerWorkers) -> None:
+        super().__init__(name, workers.source)
+        self._workers = workers
+
+    def score_candidates(self, candidates: Candidates) -> Scores:
+        count = len(candidates)
+        found: list[Any] = [None] * count
+        shares = [
+            (
+                first,
+                Candidates(
+                    candidates.query_ids[first:last],
+                    candidates.queries[first:last],
+                    candidates.document_ids[first:last],
+                    candidates.documents[first:last],
+                ),
+            )
+            for first, last in self._spans(count)
+        ]
+        for first, scores in self._workers.map(
+            lambda actor, share: actor.score.remote(self.name, *share), shares, f"{self.name}: scoring"
+        ):
+            found[first : first + len(scores)] = scores
+        return found
+
+    def search(self, query_ids: Sequence[str], depth: int) -> Ranking:
+        corpus_ids = list(self.require_source().corpus)
+        top = TopDocuments(len(query_ids), corpus_ids, depth)
+        everything = ray.put(list(query_ids))
+        if self._by_documents:
+            shares = [(0, everything, span) for span in self._spans(len(corpus_ids))]
+        else:
+            shares = [
+                (first, ray.put(list(query_ids[first:last])), (0, len(corpus_ids)))
+                for first, last in self._spans(len(query_ids))
+            ]
+        for first, positions, scores in self._workers.map(
+            lambda actor, share: actor.search.remote(self.name, depth, *share),
+            shares,
+            f"{self.name}: searching",
+        ):
+            top.merge_documents(first, positions, scores)
+        return top.ranking()
+
+    def statistics(self) -> dict[str, float]:
+        found = ray.get([actor.statistics.remote(self.name) for actor in self._workers.actors])
+        # Workers that share the documents have each read all queries.
+        gather = {key: max if self._by_documents and "queries" in key else sum for key in found[0]}
+        return {key: float(of(row[key] for row in found)) for key, of in gather.items()}
+
+    @property
+    def _by_documents(self) -> bool:
+        return self._workers.recipe.scorers[self.name].kind in _ENCODERS
+
+    def _spans(self, count: int) -> list[tuple[int, int]]:
+        cuts = np.linspace(0, count, min(count, self._workers.count * _SHARES) + 1).astype(int).tolist()
+        return list(pairwise(cuts))
+
+
+class _Worker:
+    """One actor; it builds a scorer when it is first asked for it."""
+
+    def __init__(self, recipe: Recipe, source_name: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._recipe = recipe
+        self._registry = Registry.open(recipe.storage)
+        self._source = load_source(recipe, source_name)
+        self._scorer = cache(self._build)
+
+    def _build(self, name: str) -> Scorer:
+        return build_scorer(self._recipe, name, self._source, self._registry)
+
+    def score(self, name: str, first: int, candidates: Candidates) -> tuple[int, Scores]:
+        return first, self._scorer(name).checked(candidates)
+
+    def search(
+        self, name: str, depth: int, first_query: int, query_ids: list[str], span: tuple[int, int]
+    ) -> tuple[int, NDArray[np.int64], NDArray[np.float32]]:
+        scorer = self._scorer(name)
+        if isinstance(scorer, VectorScorer):
+            ranking = scorer.search_span(query_ids, depth, *span)
+        else:
+            ranking = scorer.search(query_ids, depth)
+        return first_query, ranking.positions, ranking.scores
+
+    def statistics(self, name: str) -> dict[str, float]:
+        return self._scorer(name).statistics()
