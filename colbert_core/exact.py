@@ -197,53 +197,6 @@ def exact_scores(queries: RaggedVectors, documents: RaggedVectors) -> Tensor:
     return scores
 
 
-@torch.no_grad()
-def exact_pair_scores(
-    queries: RaggedVectors,
-    documents: RaggedVectors,
-    query_of: NDArray[np.int64],
-    document_of: NDArray[np.int64],
-) -> NDArray[np.float32]:
-    """MaxSim of chosen pairs, without gradients.
-
-    Runs document by document: all queries that ask for a document meet it in one product, so a
-    document's vectors, which are many, are never copied.
-
-    Args:
-        queries, documents: fp32 vectors on one device.
-        query_of, document_of: ``[pairs]``, text numbers.
-
-    Returns:
-        ``[pairs]``; -inf for a document without vectors.
-
-    Raises:
-        DimensionError, NonFiniteError: as :func:`exact_scores`.
-    """
-    _check(queries, documents)
-    order = np.argsort(document_of, kind="stable")
-    counts = queries.lengths.numpy()[query_of[order]]
-    ends = np.cumsum(counts)
-    starts = ends - counts
-    # Row numbers of the query vectors of every pair, pairs sorted by document.
-    first_rows = queries.offsets.numpy()[query_of[order]]
-    rows = torch.from_numpy(np.repeat(first_rows - starts, counts) + np.arange(ends[-1] if len(ends) else 0))
-    rows = rows.to(queries.vectors.device)
-    best = torch.full((len(rows),), -torch.inf, device=queries.vectors.device)
-    present, first_pair = np.unique(document_of[order], return_index=True)
-    for document, begin, end in zip(present, first_pair, np.append(first_pair, len(order))[1:], strict=True):
-        vectors = documents[int(document)]
-        span = slice(int(starts[begin]), int(ends[end - 1]))
-        if len(vectors) and span.stop > span.start:
-            best[span] = (queries.vectors[rows[span]] @ vectors.T).amax(dim=1)
-    sums = np.zeros(len(order), dtype=np.float32)
-    filled = counts > 0
-    if filled.any():
-        sums[filled] = np.add.reduceat(best.cpu().numpy(), starts[filled])
-    scores = np.empty_like(sums)
-    scores[order] = sums
-    return scores
-
-
 def _check(queries: RaggedVectors, documents: RaggedVectors) -> None:
     if queries.dim != documents.dim:
         raise DimensionError(f"queries have {queries.dim} dimensions, documents {documents.dim}")

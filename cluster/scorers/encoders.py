@@ -23,7 +23,8 @@ from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource
 from colbert_core.batching import TokenBudgetBatches
 from colbert_core.encoder import ColBERT, Precision
-from colbert_core.exact import Ranking, exact_pair_scores, exact_search
+from colbert_core.exact import Ranking, exact_search
+from colbert_core.maxsim import maxsim_pairs
 from colbert_core.pretrained import resolve_base
 from colbert_core.text import TokenBatch
 from colbert_core.vectors import RaggedVectors
@@ -77,8 +78,10 @@ class VectorScorer(Scorer):
         unique = list(numbers)
         for first in range(0, len(unique), _BLOCK):
             block = self._documents.vectors(unique[first : first + _BLOCK])
-            here = (document_of >= first) & (document_of < first + _BLOCK)
-            scores[here] = exact_pair_scores(queries, block, query_of[here], document_of[here] - first)
+            here = np.flatnonzero((document_of >= first) & (document_of < first + _BLOCK))
+            pairs = np.stack([query_of[here], document_of[here] - first], axis=1)
+            with torch.no_grad():
+                scores[here] = maxsim_pairs(queries, block, torch.from_numpy(pairs)).numpy()
         return np.split(scores, np.cumsum(counts)[:-1]) if counts else []
 
     def search(self, query_ids: Sequence[str], depth: int) -> Ranking:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from colbert_core import exact
 from colbert_core.errors import DimensionError, NonFiniteError
-from colbert_core.exact import TopDocuments, exact_pair_scores, exact_scores, exact_search, slice_texts
+from colbert_core.exact import TopDocuments, exact_scores, exact_search, slice_texts
 from colbert_core.vectors import RaggedVectors
 
 
@@ -47,20 +47,6 @@ def test_a_document_whose_best_similarity_is_negative_keeps_it() -> None:
     query = RaggedVectors(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
     documents = RaggedVectors(torch.tensor([[-1.0, 0.0], [-0.6, 0.8], [1.0, 0.0]]), torch.tensor([1, 2]))
     assert exact_scores(query, documents).tolist() == [[-1.0, 1.0]]
-
-
-def test_pair_scores_are_entries_of_the_matrix() -> None:
-    queries, documents = ragged([3, 2, 6]), ragged([4, 9, 0, 1], seed=1)
-    query_of = np.asarray([2, 0, 0, 1, 2, 1])
-    document_of = np.asarray([1, 1, 2, 3, 0, 1])
-    matrix = by_definition(queries, documents).numpy()
-    np.testing.assert_allclose(
-        exact_pair_scores(queries, documents, query_of, document_of),
-        matrix[query_of, document_of],
-        rtol=1e-5,
-    )
-    nothing = np.zeros(0, dtype=np.int64)
-    assert len(exact_pair_scores(queries, documents, nothing, nothing)) == 0
 
 
 @pytest.mark.parametrize("depth", [1, 4, 100])
