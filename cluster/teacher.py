@@ -87,8 +87,7 @@ def score_parts(
 ) -> TeacherCounts:
     """Scores the parts of published candidates that are not uploaded yet, over a pool of scorer actors.
 
-    A part is scored by one actor and uploaded under the same name. Needs a
-    running Ray.
+    A part is scored by one actor and uploaded under the same name. Needs a running Ray.
 
     Returns:
         The counts of all parts, those of an earlier, killed job included.
@@ -115,7 +114,7 @@ def score_parts(
             )
             for row in results.iter_rows():
                 if row["error"]:
-                    raise getattr(errors, row["error"])(row["message"])
+                    raise getattr(errors, row["error"], RaycolbertError)(row["message"])
                 bar.advance(task)
     total = TeacherCounts()
     store = staged.store
