@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO
 
 from cluster.manifest import FileEntry, Manifest
-from cluster.storage.api import READ_CHUNK, ObjectStore
+from cluster.storage.api import ObjectStore, file_sha256
 from cluster.transfers import transfer
 from colbert_core.errors import IntegrityError, ObjectNotFound, StorageError
 
@@ -162,17 +162,15 @@ class ArtifactCache:
     def _download(self, store: ObjectStore, key: str, entry: FileEntry, blob: Path) -> None:
         blob.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=self._building_directory())
-        loading, digest, size = Path(name), hashlib.sha256(), 0
+        os.close(descriptor)
+        loading = Path(name)
         where = f"{key} in {store.uri}"
         try:
-            with os.fdopen(descriptor, "wb") as target, store.open(key) as source:
-                while chunk := source.read(READ_CHUNK):
-                    size += len(chunk)
-                    digest.update(chunk)
-                    target.write(chunk)
+            store.download(key, loading)
+            size = loading.stat().st_size
             if size != entry.size:
                 raise IntegrityError(f"{where}: {size} bytes, the manifest says {entry.size}")
-            if digest.hexdigest() != entry.sha256:
+            if file_sha256(loading) != entry.sha256:
                 raise IntegrityError(f"{where}: the content does not match its SHA-256")
             # Sealed in its place only: the old time stamp would make it look abandoned here.
             loading.replace(blob)

@@ -231,11 +231,6 @@ class RegistryContract:
         with pytest.raises(ArtifactNotFound, match="KIND/NAME@VERSION"):
             registry.resolve("models", "ja")
 
-    def test_many_files(self, registry: Registry, tmp_path: Path) -> None:
-        files = {f"shards/{number:05}/codes": b"%d" % number * 500 for number in range(60)}
-        registry.publish(ref(), write(tmp_path / "many", files))
-        assert contents(registry.pull(ref())) == files
-
     def test_some_files_only(self, registry: Registry, source: Path) -> None:
         registry.publish(ref(), source)
         some = registry.pull(ref(), paths=["config.json"])

@@ -187,6 +187,17 @@ class StorageContract:
         assert store.sha256("large") == hashlib.sha256(local.read_bytes()).hexdigest()
         assert store.abort_uploads(datetime.now(timezone.utc) + timedelta(hours=1)) == []
 
+    def test_download(self, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        content = os.urandom(LARGE)
+        (tmp_path / "source").write_bytes(content)
+        store.upload("large", tmp_path / "source")
+        for large in (1 << 40, 1 << 20):  # in one stream, and in parallel parts
+            monkeypatch.setattr("cluster.storage.api._LARGE_BYTES", large)
+            store.download("large", tmp_path / "target")
+            assert (tmp_path / "target").read_bytes() == content
+        with pytest.raises(ObjectNotFound, match="none"):
+            store.download("none", tmp_path / "none")
+
     def test_one_of_many_uploaders_wins(self, store: ObjectStore, tmp_path: Path) -> None:
         files = [tmp_path / str(number) for number in range(4)]
         for number, file in enumerate(files):

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.storage import open_store
 from tests.fault_matrix import CASES, DOCUMENT, OUTAGES, Case, Result, document, run
-from tests.fault_proxy import Fault, FaultProxy
+from tests.fault_proxy import Fault, FaultProxy, Kind
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
 
@@ -66,6 +66,24 @@ def test_retries_are_logged(results: dict[str, Future[Result]], log: io.StringIO
     for future in results.values():
         future.result()
     assert "503 SlowDown; try 2 follows" in log.getvalue()
+
+
+def test_parallel_download_survives_broken_parts(
+    s3_server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.storage.api._LARGE_BYTES", 1 << 20)
+    source, target = tmp_path / "f", tmp_path / "target"
+    source.write_bytes(bytes(range(256)) * 100_000)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        config = s3_server.storage(f"s3://{bucket}/parallel", request_timeout_s=5)
+        store = open_store(config.model_copy(update={"endpoint_url": proxy.url}))
+        store.upload("f", source)
+        kinds: tuple[Kind, ...] = ("break_body", "shorten_body", "refuse", "error")
+        for kind in kinds:
+            with proxy.fault(Fault(kind, method=("GET",), times=2)) as fault:
+                store.download("f", target)
+            assert fault.hits == 2
+            assert target.read_bytes() == source.read_bytes()
 
 
 def test_the_document_has_these_rows() -> None:

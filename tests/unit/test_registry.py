@@ -25,6 +25,13 @@ class TestLocalRegistry(RegistryContract):
     pass
 
 
+def test_many_files(config: StorageConfig, tmp_path: Path) -> None:
+    files = {f"shards/{number:05}/codes": b"%d" % number * 50 for number in range(400)}
+    registry = Registry.open(config)
+    registry.publish(ref(), write(tmp_path / "many", files))
+    assert contents(registry.pull(ref())) == files
+
+
 def _publish(config: StorageConfig, source: Path, outcomes: Path) -> None:
     try:
         Registry.open(config).publish(ref(), source)
