@@ -1,4 +1,4 @@
-"""Every fault against every operation: what must come of it, and the table that says so.
+"""Runs every fault against every operation, and writes the table of what comes of it.
 
 ``python -m tests.fault_matrix`` runs all cases and writes ``docs/reliability.md``; the integration tests
 run the same cases and compare each with its row of that file.
@@ -14,25 +14,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from cluster.artifacts import ArtifactRef
 from cluster.registry import Registry
 from colbert_core.errors import RaycolbertError
-from tests.fault_proxy import Fault, FaultProxy
+from tests.fault_cases import CASES, OUTAGES, WEIGHTS, Case, Operation
+from tests.fault_proxy import FaultProxy
 from tests.registry_contract import KILLED_PUBLISH, contents, write
 from tests.s3_server import S3Server
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
-Operation = Literal["publish", "pull", "promote"]
 
 V1, V2 = ArtifactRef("models", "ja", "v1"), ArtifactRef("models", "ja", "v2")
 # One file of two parts, and one of a single request.
-FILES = {"weights.bin": bytes(range(256)) * 35_000, "config.json": b'{"dim": 128}' * 100}
-ONE_TRY_S, PATIENT_S = 3.0, 40.0
-
+FILES = {WEIGHTS: bytes(range(256)) * 35_000, "config.json": b'{"dim": 128}' * 100}
 
 # A process that cannot write a file above 1 MB: the write fails half-way, as on a full disk.
 _PULL_ON_A_FULL_DISK = """
@@ -50,200 +47,6 @@ try:
 except RaycolbertError as error:
     print(f"{type(error).__name__}: {error}")
 """
-
-
-@dataclass(frozen=True)
-class Case:
-    """One fault in one operation.
-
-    Attributes:
-        fault: for the table.
-        operation: what is going on.
-        outcome: ``succeeds``, or the error's type and a part of its message.
-        faults: installed in the proxy while the operation runs.
-        special: set-up of faults that are not the network's.
-        timeout_s: ``storage.request_timeout_s``; an error must come within three times this.
-    """
-
-    fault: str
-    operation: Operation
-    outcome: str
-    faults: tuple[Fault, ...] = ()
-    special: Literal["", "kill_server", "kill_client", "full_disk"] = ""
-    timeout_s: float = 6.0
-
-    @property
-    def row(self) -> str:
-        """The case's line of the table."""
-        then = _THEN[self.operation, self.outcome == "succeeds"]
-        return f"| {self.fault} | {self.operation} | {self.outcome} | {then} |"
-
-
-_THEN = {
-    ("publish", True): "the version is visible, every byte verified",
-    ("publish", False): "no version is visible; a later publish succeeds",
-    ("pull", True): "the files are complete, every byte verified",
-    ("pull", False): "nothing is installed; a later pull succeeds",
-    ("promote", True): "the alias has moved; its history has the movement once",
-    ("promote", False): "the alias and its history are as before",
-}
-_WEIGHTS, _ALIAS, _MANIFEST = "weights.bin", "production.json", "manifest.json"
-_ONCE: list[tuple[str, Fault]] = [
-    ("connection closed before the server reads the request, twice", Fault("refuse", times=2)),
-    ("500 InternalError, three times", Fault("error", times=3)),
-    ("503 SlowDown, three times", Fault("error", times=3, status=503, code="SlowDown")),
-    ("no answer for 5 s", Fault("stall")),
-]
-_FOR_EVER: list[tuple[str, Fault, str]] = [
-    ("500 InternalError for ever", Fault("error", times=None), "StorageError: the server answered 500"),
-    (
-        "credentials expired",
-        Fault("error", times=None, status=403, code="ExpiredToken"),
-        "StorageError: the credentials have expired",
-    ),
-    (
-        "access denied",
-        Fault("error", times=None, status=403, code="AccessDenied"),
-        "StorageError: access denied",
-    ),
-]
-_TARGET: dict[Operation, tuple[tuple[str, ...], str]] = {
-    "publish": (("PUT", "POST"), ""),
-    "pull": (("GET",), _WEIGHTS),
-    "promote": (("PUT",), _ALIAS),
-}
-
-
-def _at(fault: Fault, operation: Operation) -> Fault:
-    method, path = _TARGET[operation]
-    return replace(fault, method=method, path=path)
-
-
-def _cases() -> Iterator[Case]:
-    operations: tuple[Operation, ...] = ("publish", "pull", "promote")
-    for text, fault in _ONCE:
-        for operation in operations:
-            yield Case(text, operation, "succeeds", (_at(fault, operation),))
-    put = Fault("lose_answer", method=("PUT",))
-    lost = "answer lost after the server has written"
-    yield Case(f"{lost} the manifest", "publish", "succeeds", (replace(put, path=_MANIFEST),))
-    yield Case(f"{lost} any part", "publish", "succeeds", (replace(put, path=_WEIGHTS, times=3),))
-    finish = replace(put, method=("POST",), path="uploadId=")
-    yield Case("answer lost after the server has joined the parts", "publish", "succeeds", (finish,))
-    yield Case(f"{lost} the alias", "promote", "succeeds", (replace(put, path=_ALIAS),))
-    after = Fault("error_after", method=("PUT",))
-    text = "500 after the server has written"
-    yield Case(f"{text} the manifest", "publish", "succeeds", (replace(after, path=_MANIFEST),))
-    yield Case(f"{text} the alias", "promote", "succeeds", (replace(after, path=_ALIAS),))
-
-    body = Fault("break_body", method=("GET",))
-    yield Case(
-        "connection breaks inside a body, three times",
-        "pull",
-        "succeeds",
-        (replace(body, path=_WEIGHTS, times=3),),
-    )
-    yield Case(
-        "connection breaks inside a body, three times",
-        "promote",
-        "succeeds",
-        (replace(body, path=_ALIAS, times=3),),
-    )
-    short = Fault("shorten_body", method=("GET",))
-    text = "body cut short under headers that agree with it"
-    yield Case(f"{text}, once", "pull", "succeeds", (replace(short, path=_WEIGHTS),))
-    yield Case(
-        f"{text}, a manifest",
-        "pull",
-        "IntegrityError: does not match its checksum",
-        (replace(short, path=_MANIFEST, times=None),),
-    )
-    yield Case(
-        f"{text}, an alias",
-        "promote",
-        "IntegrityError: does not match its checksum",
-        (replace(short, path=_ALIAS, times=None),),
-    )
-    flip = Fault("flip_body", method=("GET",))
-    yield Case("one bit of a body flipped, once", "pull", "succeeds", (replace(flip, path=_WEIGHTS),))
-    yield Case(
-        "one bit of a body flipped, every time",
-        "pull",
-        "IntegrityError: does not match its SHA-256",
-        (replace(flip, path=_WEIGHTS, times=None),),
-    )
-    yield Case(
-        "one bit of an alias flipped, every time",
-        "promote",
-        "IntegrityError: does not match its checksum",
-        (replace(flip, path=_ALIAS, times=None),),
-    )
-    etag = Fault("wrong_etag")
-    yield Case(
-        "wrong ETag of an object, once", "pull", "succeeds", (replace(etag, method=("HEAD",), path=_WEIGHTS),)
-    )
-    yield Case(
-        "wrong ETag of a part, once",
-        "publish",
-        "succeeds",
-        (replace(etag, method=("PUT",), path="partNumber=2"),),
-    )
-    yield Case(
-        "wrong ETag of an alias, once", "promote", "succeeds", (replace(etag, method=("GET",), path=_ALIAS),)
-    )
-    yield Case(
-        "wrong ETag of an alias, every time",
-        "promote",
-        "PreconditionFailed: production.json",
-        (replace(etag, method=("GET",), path=_ALIAS, times=None),),
-        timeout_s=ONE_TRY_S,
-    )
-
-    for text, fault, outcome in _FOR_EVER:
-        for operation in operations:
-            yield Case(text, operation, outcome, (_at(fault, operation),), timeout_s=ONE_TRY_S)
-    down = "StorageError: "
-    yield Case(
-        "no answer, every time",
-        "publish",
-        f"{down}did not answer in time",
-        (_at(Fault("stall", times=None), "publish"),),
-        timeout_s=ONE_TRY_S,
-    )
-    yield Case(
-        "connection closed, every time",
-        "pull",
-        f"{down}the connection broke",
-        (_at(Fault("refuse", times=None), "pull"),),
-        timeout_s=ONE_TRY_S,
-    )
-    yield Case(
-        "a server that ignores conditional writes",
-        "publish",
-        f"{down}does not honour conditional writes",
-        (Fault("ignore_condition", method=("PUT",), times=None),),
-    )
-    yield Case("publisher killed before the manifest", "publish", "succeeds", special="kill_client")
-    yield Case(
-        "disk full (a limit on the size of files stands for it)",
-        "pull",
-        f"{down}no space left",
-        (),
-        special="full_disk",
-    )
-
-
-CASES = tuple(_cases())
-OUTAGES = tuple(
-    Case(
-        "server killed while the files move, and started again",
-        operation,
-        "succeeds",
-        special="kill_server",
-        timeout_s=PATIENT_S,
-    )
-    for operation in ("publish", "pull")
-)
 
 
 class Result:
@@ -289,10 +92,10 @@ def run(case: Case, server: S3Server, bucket: str, directory: Path) -> Result:
             root, cache_dir=str(directory / "cache"), request_timeout_s=case.timeout_s
         ).model_copy(update={"endpoint_url": proxy.url})
         faulty = Registry.open(config)
-        if not any(fault.kind == "ignore_condition" for fault in case.faults):
+        if case.fault is None or case.fault.kind != "ignore_condition":
             faulty.store.put("warm", b"", if_absent=True)
         # A fault counts its strikes, so that every run needs its own.
-        faults = [stack.enter_context(proxy.fault(replace(fault, hits=0))) for fault in case.faults]
+        fault = stack.enter_context(proxy.fault(replace(case.fault, hits=0))) if case.fault else None
         if case.special == "kill_server":
             stack.enter_context(_killing(server, proxy, case.operation))
         operation = _operation(case.operation, faulty, source)
@@ -307,7 +110,7 @@ def run(case: Case, server: S3Server, bucket: str, directory: Path) -> Result:
         else:
             outcome = _outcome(operation)
         seconds = time.monotonic() - begin
-        assert all(fault.hits for fault in faults), "the fault did not happen"
+        assert fault is None or fault.hits, "the fault did not happen"
     _check(case, outcome, direct, directory)
     return Result(outcome, seconds)
 
@@ -359,7 +162,7 @@ def _killing(server: S3Server, proxy: FaultProxy, operation: Operation) -> Itera
     def watch() -> None:
         wanted = "PUT" if operation == "publish" else "GET"
         deadline = time.monotonic() + 20
-        while not any(m == wanted and _WEIGHTS in path for m, path in list(proxy.requests)):
+        while not any(m == wanted and WEIGHTS in path for m, path in list(proxy.requests)):
             if time.monotonic() > deadline:
                 return
             time.sleep(0.0005)

@@ -142,7 +142,7 @@ class S3Requests:
         return text
 
     def _typed(self, operation: str, key: str, fault: Fault, attempts: int, seconds: float) -> StorageError:
-        if operation == "head" and fault.code == "AccessDenied":
+        if operation == "head" and fault.code in ("AccessDenied", "400"):
             fault = self._reason_of_refusal(fault)
         where = f"{operation} of {key!r} in {self.uri}"
         if fault.precondition:
@@ -159,7 +159,7 @@ class S3Requests:
         return kind(self.redact(f"{where}: {fault.reason}; endpoint {self.endpoint}{tail}"))
 
     def _reason_of_refusal(self, fault: Fault) -> Fault:
-        """A HEAD answer has no body to say why it was refused; that of a GET has."""
+        """A HEAD answer has no body to say why it was refused; that of a listing has."""
         try:
             self.client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
         except REQUEST_ERRORS as error:

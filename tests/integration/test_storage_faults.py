@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import open_store
-from tests.fault_matrix import CASES, DOCUMENT, OUTAGES, Case, Result, document, run
+from colbert_core.errors import StorageError
+from tests.fault_cases import CASES, OUTAGES, Case
+from tests.fault_matrix import DOCUMENT, Result, document, run
 from tests.fault_proxy import Fault, FaultProxy, Kind
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
@@ -52,7 +54,7 @@ def results(
         }
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation}-{case.fault}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation}-{case.text}")
 def test_fault(case: Case, results: dict[str, Future[Result]], log: io.StringIO) -> None:
     result = results[case.row].result()
     assert result.agrees(case), result.outcome
@@ -66,6 +68,18 @@ def test_retries_are_logged(results: dict[str, Future[Result]], log: io.StringIO
     for future in results.values():
         future.result()
     assert "503 SlowDown; try 2 follows" in log.getvalue()
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_refused_head_says_why(s3_server: S3Server, bucket: str, status: int) -> None:
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        config = s3_server.storage(f"s3://{bucket}/refused", request_timeout_s=5)
+        store = open_store(config.model_copy(update={"endpoint_url": proxy.url}))
+        with (
+            proxy.fault(Fault("error", times=None, status=status, code="ExpiredToken")),
+            pytest.raises(StorageError, match="the credentials have expired"),
+        ):
+            store.exists("a")
 
 
 def test_parallel_download_survives_broken_parts(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_matrix import OUTAGES, Case, run
+from tests.fault_cases import OUTAGES, Case
+from tests.fault_matrix import run
 from tests.s3_server import S3Server
 
 
