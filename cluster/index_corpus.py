@@ -24,6 +24,7 @@ from cluster.config import Recipe
 from cluster.sources import read_records
 from cluster.storage import ObjectStore
 from colbert_core.errors import DataError, StorageError
+from colbert_core.index.shard_writer import shard_of
 
 # Documents encoded, held and stored together; at most so many of the longest take 80 MB at 128 dimensions.
 CHUNK_DOCUMENTS = 512
@@ -153,14 +154,10 @@ class BuildArea:
                 self.store.delete(info.key)
 
 
-def shard_of(key: str, shards: int) -> int:
-    """The shard of a document id."""
-    return _hash(b"shard", key) % shards
-
-
 def sample_place(key: str, seed: int) -> int:
     """The place of a document id in a random order of all ids, of 64 bits; a sample takes the lowest."""
-    return _hash(f"sample {seed}".encode(), key)
+    digest = hashlib.blake2b(key.encode(), digest_size=8, key=f"sample {seed}".encode()).digest()
+    return int.from_bytes(digest, "big")
 
 
 def corpus_files(recipe: Recipe, sources: Sequence[str]) -> list[str]:
@@ -264,8 +261,3 @@ def _check_unicode(path: str, row: int, *texts: str | None) -> None:
             (text or "").encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{path} row {row}: not valid Unicode: {error.reason}") from None
-
-
-def _hash(what: bytes, key: str) -> int:
-    digest = hashlib.blake2b(key.encode(), digest_size=8, key=what).digest()
-    return int.from_bytes(digest, "big")

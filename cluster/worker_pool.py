@@ -37,9 +37,9 @@ class WorkerPool:
         self, worker: type, arguments: Sequence[Any], *, size: int, cpus: float, gpus: float
     ) -> None:
         self._needs = f"{cpus:g} CPUs and {gpus:g} GPUs"
-        actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(
-            worker
-        )
+        actor: Any = ray.remote(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS
+        )(worker)
         self._actors: list[Any] = [actor.remote(*arguments) for _ in range(size)]
         # An actor is up when its first, empty call returns.
         self._starting = {handle.__ray_ready__.remote(): handle for handle in self._actors}

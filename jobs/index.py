@@ -1,0 +1,64 @@
+"""Builds the index that the recipe describes: vectors of all documents, compressed, in shards."""
+
+from __future__ import annotations
+
+from cluster.artifacts import ArtifactRef, base_ref, index_ref
+from cluster.config import Recipe
+from cluster.indexing import build_index
+from cluster.models import ensure_base, resolve_model
+from cluster.ray_session import ray_session
+from cluster.registry import Registry
+from cluster.report import Report
+from colbert_core.errors import ConfigError, RaycolbertError
+from jobs.launch import main
+
+
+def run(recipe: Recipe) -> Report:
+    """Publishes ``indexes/<index.name>``, unless it exists.
+
+    A build that was killed goes on where it was: vectors that are stored are not made again, the codec
+    is not trained again, and finished shards stay as they are.
+
+    Raises:
+        ConfigError: the recipe has no index, or its index was built from another version of the model
+            than the alias names now.
+        ArtifactNotFound: the model is not published.
+        DataError: a corpus is malformed, or one id stands for two different documents.
+    """
+    ref = index_ref(recipe)
+    config = recipe.index
+    assert config is not None  # index_ref has checked
+    report = Report(job="index", recipe=recipe.name)
+    registry = Registry.open(recipe.storage)
+    model = resolve_model(recipe, registry, config.model)
+    if registry.exists(ref):
+        _check_model(registry, ref, model)
+        report.skipped.append(str(ref))
+        return report
+    if model == base_ref(recipe):
+        ensure_base(recipe, registry)
+    registry.manifest(model)
+    try:
+        with ray_session(recipe):
+            build_index(recipe, config, ref, model, registry, report)
+    except RaycolbertError:
+        # Two jobs of one recipe build the same index; the first to finish also clears up behind both.
+        if not registry.exists(ref):
+            raise
+        report.skipped.append(str(ref))
+        return report
+    report.artifacts.append(str(ref))
+    return report
+
+
+def _check_model(registry: Registry, ref: ArtifactRef, model: ArtifactRef) -> None:
+    parents = [parent.ref for parent in registry.manifest(ref).parents]
+    if model not in parents:
+        raise ConfigError(
+            f"index.model stands for {model} now, but {ref} was built from {parents[0]} under the same "
+            "alias; name a version, or give the index another name"
+        )
+
+
+if __name__ == "__main__":
+    main("index", run)
