@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -19,6 +20,7 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic.dataclasses import dataclass
 
@@ -28,6 +30,7 @@ from colbert_core.config import FrozenModel
 from colbert_core.errors import ArtifactNotFound, IntegrityError, SchemaVersionError, StorageError
 
 SCHEMA_VERSION = 1
+BLOCK_BYTES = 8 << 20
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -97,6 +100,7 @@ def _library_versions() -> dict[str, str]:
     return found
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Ref = Annotated[ArtifactRef, BeforeValidator(_ref_from_text), PlainSerializer(str, return_type=str)]
 
 
@@ -115,16 +119,40 @@ class FileEntry(FrozenModel):
         size: bytes.
         sha256: hex digest of the content.
         key: where the content lies, relative to the version's prefix, when it is not ``files/<path>``.
+        blocks: digests of its blocks of 8 MiB, if there is more than one, so that a part can be read and
+            checked without the rest.
     """
 
     size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
     key: str | None = None
+    blocks: tuple[Sha256, ...] = ()
 
     @field_validator("key")
     @classmethod
     def _key_stays_inside(cls, value: str | None) -> str | None:
         return value if value is None else check_key(value)
+
+    @model_validator(mode="after")
+    def _blocks_cover_the_file(self) -> FileEntry:
+        if self.blocks and len(self.blocks) != -(-self.size // BLOCK_BYTES):
+            raise ValueError(f"{len(self.blocks)} block digests do not cover {self.size} bytes")
+        return self
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """The record of a local file, read once.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        whole, blocks, size = hashlib.sha256(), [], 0
+        with path.open("rb") as stream:
+            while block := stream.read(BLOCK_BYTES):
+                whole.update(block)
+                blocks.append(hashlib.sha256(block).hexdigest())
+                size += len(block)
+        return cls(size=size, sha256=whole.hexdigest(), blocks=tuple(blocks) if len(blocks) > 1 else ())
 
 
 class Manifest(FrozenModel):

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from cluster.artifacts import ArtifactRef
 from cluster.manifest import FileEntry, Manifest, Parent, Part, manifest_key, seal, unseal
 from cluster.storage import ObjectStore, check_key
-from cluster.storage.api import file_sha256
 from colbert_core.errors import (
     IntegrityError,
     ObjectNotFound,
@@ -54,18 +53,18 @@ class StagedArtifact:
         check_key(path)
         store, local = self.store, Path(local)
         try:
-            size, digest = local.stat().st_size, file_sha256(local)
+            entry = FileEntry.of(local)
         except OSError as error:
             raise StorageError(f"{self.ref}: cannot read {local}: {error.strerror}") from None
         recorded = self._part(path)
-        if recorded is not None and self._is_there(recorded):
-            same = (recorded.entry.size, recorded.entry.sha256) == (size, digest)
-            if same or keep_existing:
-                self._refresh(recorded)
-                return recorded
-        key = self._claim(path, digest)
+        stands = recorded is not None and (keep_existing or recorded.entry.sha256 == entry.sha256)
+        if recorded is not None and stands and self._is_there(recorded):
+            self._refresh(recorded)
+            return recorded
+        key = self._claim(path, entry.sha256)
         store.upload(self.ref.prefix + key, local)
-        entry = FileEntry(size=size, sha256=digest, key=None if key == f"files/{path}" else key)
+        if key != f"files/{path}":
+            entry = entry.model_copy(update={"key": key})
         part = Part(path=path, entry=entry)
         data = seal(part.model_dump(mode="json"))
         if keep_existing and recorded is None:

@@ -20,7 +20,7 @@ import pytest
 
 from cluster.artifacts import ArtifactRef
 from cluster.config import StorageConfig
-from cluster.manifest import Manifest, seal, unseal
+from cluster.manifest import BLOCK_BYTES, Manifest, seal, unseal
 from cluster.registry import Parent, Registry
 from cluster.registry_gc import collect
 from colbert_core.errors import (
@@ -240,11 +240,23 @@ class RegistryContract:
         with pytest.raises(ArtifactNotFound, match=r"no file 'none'.*config\.json"):
             registry.pull(ref(), paths=["none"])
 
-    def test_open_file_reads_ranges(self, registry: Registry, source: Path) -> None:
-        registry.publish(ref(), source)
-        with registry.open_file(ref(), "model.bin") as stream:
-            stream.seek(1_000_001)
-            assert stream.read(20) == FILES["model.bin"][1_000_001:1_000_021]
+    def test_open_file_reads_ranges(self, registry: Registry, tmp_path: Path) -> None:
+        large = os.urandom(20_000_000)
+        files = {"large": large, "small": b"0123456789", "empty": b"", "exact": bytes(BLOCK_BYTES)}
+        registry.publish(ref(), write(tmp_path / "ranges", files))
+        manifest = registry.manifest(ref())
+        assert [len(manifest.files[path].blocks) for path in sorted(files)] == [0, 0, 3, 0]
+        with registry.open_file(ref(), "large") as stream:
+            for start, length in ((16_777_210, 20), (8_388_600, 9_000_000), (0, 5), (19_999_990, 100)):
+                stream.seek(start)
+                assert stream.read(length) == large[start : start + length]
+            assert stream.seek(-3, os.SEEK_END) == len(large) - 3
+            assert stream.read() == large[-3:]
+            stream.seek(0)
+            assert stream.read() == large
+        for path in ("small", "empty", "exact"):
+            with registry.open_file(ref(), path) as stream:
+                assert stream.read() == files[path]
         with pytest.raises(ArtifactNotFound, match="none"):
             registry.open_file(ref(), "none")
 
@@ -279,14 +291,44 @@ class RegistryContract:
         registry.store.put(key, data)
         assert contents(registry.pull(ref())) == FILES
 
-    def test_open_file_finds_a_cut_object(self, registry: Registry, source: Path) -> None:
-        registry.publish(ref(), source)
-        registry.store.put("models/ja/v1/files/model.bin", b"short")
-        with pytest.raises(IntegrityError, match=r"model\.bin: 5 bytes"):
-            registry.open_file(ref(), "model.bin")
-        registry.store.delete("models/ja/v1/files/model.bin")
-        with pytest.raises(IntegrityError, match=r"model\.bin.*missing"):
-            registry.open_file(ref(), "model.bin")
+    def test_open_file_finds_damage_where_it_reads(self, registry: Registry, tmp_path: Path) -> None:
+        large = os.urandom(20_000_000)
+        registry.publish(ref(), write(tmp_path / "large", {"large": large, "small": b"0123456789"}))
+        flip(registry, "models/ja/v1/files/large")
+        with registry.open_file(ref(), "large") as stream:
+            assert stream.read(BLOCK_BYTES) == large[:BLOCK_BYTES]
+            with pytest.raises(IntegrityError, match=r"files/large.*bytes 8388608 to 16777216"):
+                stream.read(1)
+            stream.seek(2 * BLOCK_BYTES)
+            assert stream.read() == large[2 * BLOCK_BYTES :]
+        for damaged in (b"012345678", b"012345678x"):
+            registry.store.put("models/ja/v1/files/small", damaged)
+            with registry.open_file(ref(), "small") as stream, pytest.raises(IntegrityError, match="small"):
+                stream.read()
+        registry.store.delete("models/ja/v1/files/small")
+        with (
+            registry.open_file(ref(), "small") as stream,
+            pytest.raises(IntegrityError, match=r"small.*missing"),
+        ):
+            stream.read()
+
+    def test_a_manifest_without_block_digests_is_read_through_the_cache(
+        self, registry: Registry, tmp_path: Path
+    ) -> None:
+        large = os.urandom(BLOCK_BYTES + 1)
+        manifest = registry.publish(ref(), write(tmp_path / "large", {"large": large}))
+        entry = manifest.files["large"].model_copy(update={"blocks": ()})
+        older = manifest.model_copy(update={"files": {"large": entry}})
+        registry.store.put("models/ja/v1/manifest.json", older.to_bytes())
+        with registry.open_file(ref(), "large") as stream:
+            stream.seek(BLOCK_BYTES)
+            assert stream.read() == large[BLOCK_BYTES:]
+        short = older.model_copy(
+            update={"files": {"large": entry.model_copy(update={"blocks": ("0" * 64,)})}}
+        )
+        registry.store.put("models/ja/v1/manifest.json", short.to_bytes())
+        with pytest.raises(IntegrityError, match="do not cover"):
+            registry.open_file(ref(), "large")
 
     def test_damaged_records_are_found(self, registry: Registry, source: Path) -> None:
         registry.publish(ref(), source, metrics={"nDCG@10": 0.5})
