@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 
 from cluster.artifacts import ArtifactRef
 from cluster.config import Recipe
-from cluster.sources import read_records
+from cluster.sources import locate, read_records
 from cluster.storage import ObjectStore
-from colbert_core.errors import DataError, StorageError
-from colbert_core.index.shard_writer import shard_of
+from colbert_core.errors import DataError
+from colbert_core.index import shard_of
 
 # Documents encoded, held and stored together; at most so many of the longest take 80 MB at 128 dimensions.
 CHUNK_DOCUMENTS = 512
@@ -73,8 +73,22 @@ class ChunkRecord:
     dropped_tokens: int
 
     @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
+    def counts(self) -> Counts:
+        return Counts(len(self.ids), sum(self.lengths), self.truncated, self.dropped_tokens)
+
+
+@dataclass
+class Counts:
+    """Figures of any number of chunks, as in :class:`ChunkRecord`."""
+
+    documents: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    dropped_tokens: int = 0
+
+    def add(self, other: Counts) -> None:
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
 
 class BuildArea:
@@ -118,6 +132,17 @@ class BuildArea:
     def write_json(self, key: str, value: Any) -> None:
         self.store.put(key, json.dumps(value, ensure_ascii=False).encode())
 
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Notes what is built from; what an unfinished build from anything else left is removed.
+
+        Args:
+            inputs: plain data that identifies the model and the corpus.
+        """
+        key = f"{self.prefix}inputs.json"
+        if not self.store.exists(key) or self.read_json(key) != inputs:
+            self.clear()
+            self.write_json(key, inputs)
+
     def chunks(self) -> list[Chunk] | None:
         """All chunks of the corpus, or None while it is not cut up yet."""
         if not self.store.exists(self.chunks_key):
@@ -148,10 +173,9 @@ class BuildArea:
         return pq.read_table(pa.BufferReader(self.store.get(self.documents_key(chunk))))
 
     def clear(self) -> None:
-        """Removes all of it; what cannot be removed now is left to garbage collection."""
-        with suppress(StorageError):
-            for info in list(self.store.list(self.prefix)):
-                self.store.delete(info.key)
+        """Removes all of it; what refers to others goes before them."""
+        for info in sorted(self.store.list(self.prefix), key=lambda info: not info.key.endswith(".json")):
+            self.store.delete(info.key)
 
 
 def sample_place(key: str, seed: int) -> int:
@@ -163,6 +187,16 @@ def sample_place(key: str, seed: int) -> int:
 def corpus_files(recipe: Recipe, sources: Sequence[str]) -> list[str]:
     """The corpus files of data sources, each once though several sources may share it."""
     return list(dict.fromkeys(recipe.data.sources[name].corpus for name in sources))
+
+
+def corpus_state(recipe: Recipe, paths: Sequence[str]) -> dict[str, list[Any]]:
+    """Size and time of the last write of corpus files, by path: a file that was changed differs."""
+    state = {}
+    for path in paths:
+        filesystem, location = locate(recipe, path)
+        info = filesystem.get_file_info(location)
+        state[path] = [info.size, info.mtime_ns]
+    return state
 
 
 def split_file(recipe: Recipe, path: str, number: int, shards: int, area: BuildArea) -> int:

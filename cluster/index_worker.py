@@ -23,6 +23,7 @@ from cluster.index_corpus import (
     BuildArea,
     Chunk,
     ChunkRecord,
+    Counts,
     corpus_files,
     cut_shard,
     sample_place,
@@ -34,9 +35,8 @@ from cluster.scorers.loading import bf16_is_fast
 from cluster.sources import document_text
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import IntegrityError
-from colbert_core.index.codec import Codec
+from colbert_core.index import Codec, ShardWriter
 from colbert_core.index.shard import METADATA_FILE
-from colbert_core.index.shard_writer import ShardWriter
 
 _THREADS = 8
 # Files of a shard that grow with texts and ids, not with vectors.
@@ -71,7 +71,7 @@ class IndexWorker:
         files = corpus_files(self._recipe, self._config.sources)
         return cut_shard(files, shard, self._config.codec.seed, self._area)
 
-    def encode(self, chunk: Chunk) -> None:
+    def encode(self, chunk: Chunk) -> Counts:
         """Makes a chunk's vectors, fp16 in storage, and then its record."""
         model, table = self._model, self._area.documents(chunk)
         texts = [
@@ -95,21 +95,23 @@ class IndexWorker:
             cut.dropped_tokens,
         )
         self._area.keep_record(chunk, record)
+        return record.counts
 
-    def train_codec(self, chunks: list[Chunk]) -> None:
+    def train_codec(self, task: tuple[list[Chunk], int]) -> None:
         """Trains the codec on a sample of the vectors, and stages it.
 
         All documents' vectors are its sample if they are no more than ``sample_tokens``; otherwise those
         of the documents whose ids come first in a random order, whatever chunks they are in.
+
+        Args:
+            task: all chunks, and the tokens in them.
         """
-        with ThreadPoolExecutor(_THREADS) as readers:
-            records = list(readers.map(self._area.record, chunks))
-        total = sum(record.tokens for record in records)
+        chunks, total = task
         limit = self._config.codec.sample_tokens
         # The share of ids that hold `limit` tokens on average, and some more: what is too much is cut off.
         bound = (1 << 64) if total <= limit else int(min(1.0, 1.1 * limit / total) * (1 << 64))
         with ThreadPoolExecutor(_THREADS) as readers:
-            parts = list(readers.map(self._sampled, chunks, records, repeat(bound)))
+            parts = list(readers.map(self._sampled, chunks, repeat(bound)))
         documents = sorted((item for part in parts for item in part), key=lambda item: item[:2])
         sample = np.concatenate([vectors for *_, vectors in documents])
         # The other workers of this job are idle meanwhile.
@@ -123,7 +125,7 @@ class IndexWorker:
                 path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()
             )
             for name in files:
-                self._staged.upload(f"codec/{name}", Path(folder) / name)
+                self._staged.upload(f"codec/{name}", Path(folder) / name, keep_existing=True)
         self._area.write_json(
             self._area.codec_key,
             {
@@ -163,19 +165,19 @@ class IndexWorker:
                 writer.add_encoded(record.ids, tokens, record.lengths, metadata)
             manifest = writer.finish()
         return {
+            "codec": manifest.codec_sha256,
             "documents": manifest.documents,
             "tokens": manifest.tokens,
             "residual_norms": residual_norms,
             "vector_bytes": sum(f.size for name, f in manifest.files.items() if name not in _NO_VECTORS),
         }
 
-    def _sampled(
-        self, chunk: Chunk, record: ChunkRecord, bound: int
-    ) -> list[tuple[int, str, NDArray[np.float16]]]:
+    def _sampled(self, chunk: Chunk, bound: int) -> list[tuple[int, str, NDArray[np.float16]]]:
         """Place, id and vectors of a chunk's documents whose place is below ``bound``.
 
         They are the first of their chunk, so that only they are read.
         """
+        record = self._area.record(chunk)
         places = [sample_place(key, self._config.codec.seed) for key in record.ids]
         count = bisect_left(places, bound)
         if count == 0:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 from cluster.artifacts import ArtifactRef
 from cluster.config import IndexConfig, Recipe
-from cluster.index_corpus import BuildArea, Chunk, ChunkRecord, corpus_files
+from cluster.index_corpus import BuildArea, Chunk, Counts, corpus_files, corpus_state
 from cluster.index_worker import IndexWorker
 from cluster.manifest import Manifest, Parent
 from cluster.registry import Registry
 from cluster.report import Report
 from cluster.worker_pool import WorkerPool
-from colbert_core.errors import DataError
+from colbert_core.errors import DataError, IntegrityError, StorageError
 
 _THREADS = 8
 
@@ -48,6 +48,7 @@ def build_index(
     """
     staged = registry.staging(ref)
     area = BuildArea(registry.store, ref)
+    area.begin({"model": str(model), "corpus": corpus_state(recipe, corpus_files(recipe, config.sources))})
     with WorkerPool(
         IndexWorker,
         (recipe, config, ref, model),
@@ -55,14 +56,21 @@ def build_index(
         cpus=config.cpus_per_worker,
         gpus=config.gpus_per_worker,
     ) as pool:
+        with report.timed("workers"):
+            pool.wait()
         with report.timed("documents"):
             chunks = _cut_corpus(recipe, config, pool, area)
         with report.timed("encoding"):
             counts = _encode(pool, area, chunks, report)
         with report.timed("codec"):
-            codec = _train_codec(pool, area, chunks, report)
+            codec = _train_codec(pool, area, chunks, counts.tokens, report)
         with report.timed("shards"):
             shards = _write_shards(pool, area, config, report)
+    strangers = [shard["directory"] for shard in shards if shard["codec"] != codec["sha256"]]
+    if strangers:
+        raise IntegrityError(
+            f"{ref}: two builds at once: {', '.join(strangers)} have another codec than the rest"
+        )
     files = [*codec["files"], *(path for shard in shards for path in shard["files"])]
     size_of = {path: part.entry.size for path, part in staged.parts().items()}
     total = sum(size_of.get(path, 0) for path in files)
@@ -79,6 +87,9 @@ def build_index(
         residual_norm=sum(shard["residual_norms"] for shard in shards) / counts.tokens,
         residual_norm_of_sample=codec["training"]["residual_norm"],
     )
+    report.details["shards"] = [
+        {key: shard[key] for key in ("directory", "documents", "tokens")} for shard in shards
+    ]
     report.warnings += codec["training"]["notes"]
     with report.timed("publishing"):
         manifest = staged.commit(
@@ -92,25 +103,13 @@ def build_index(
                 "documents": counts.documents,
                 "tokens": counts.tokens,
                 "codec": codec["sha256"],
-                "shards": [
-                    {key: shard[key] for key in ("directory", "documents", "tokens")} for shard in shards
-                ],
+                "shards": report.details["shards"],
             },
         )
-        area.clear()
+        # What cannot be removed now is left to garbage collection.
+        with suppress(StorageError):
+            area.clear()
     return manifest
-
-
-@dataclass
-class _Counts:
-    documents: int = 0
-    tokens: int = 0
-    truncated: int = 0
-    dropped_tokens: int = 0
-
-    def add(self, other: _Counts) -> None:
-        for name in ("documents", "tokens", "truncated", "dropped_tokens"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 def _cut_corpus(recipe: Recipe, config: IndexConfig, pool: WorkerPool, area: BuildArea) -> list[Chunk]:
@@ -125,30 +124,29 @@ def _cut_corpus(recipe: Recipe, config: IndexConfig, pool: WorkerPool, area: Bui
     return chunks
 
 
-def _encode(pool: WorkerPool, area: BuildArea, chunks: Sequence[Chunk], report: Report) -> _Counts:
+def _encode(pool: WorkerPool, area: BuildArea, chunks: Sequence[Chunk], report: Report) -> Counts:
     done = area.encoded()
     missing = [chunk for chunk in chunks if chunk.name not in done]
     report.metrics["chunks_encoded"] = len(missing)
     report.metrics["chunks_found"] = len(chunks) - len(missing)
-    pool.run("encode", missing, "documents encoded", weights=[chunk.documents for chunk in missing])
-    total = _Counts()
+    total = Counts()
     with ThreadPoolExecutor(_THREADS) as readers:
-        for counts in readers.map(lambda chunk: _counted(area.record(chunk)), chunks):
+        found = [chunk for chunk in chunks if chunk.name in done]
+        for counts in readers.map(lambda chunk: area.record(chunk).counts, found):
             total.add(counts)
+    weights = [chunk.documents for chunk in missing]
+    for counts in pool.run("encode", missing, "documents encoded", weights=weights):
+        total.add(counts)
     return total
 
 
-def _counted(record: ChunkRecord) -> _Counts:
-    return _Counts(len(record.ids), record.tokens, record.truncated, record.dropped_tokens)
-
-
 def _train_codec(
-    pool: WorkerPool, area: BuildArea, chunks: Sequence[Chunk], report: Report
+    pool: WorkerPool, area: BuildArea, chunks: Sequence[Chunk], tokens: int, report: Report
 ) -> dict[str, Any]:
     found = area.store.exists(area.codec_key)
     report.metrics["codec_found"] = float(found)
     if not found:
-        pool.run("train_codec", [list(chunks)], "codec trained")
+        pool.run("train_codec", [(list(chunks), tokens)], "codec trained")
     codec: dict[str, Any] = area.read_json(area.codec_key)
     return codec
 

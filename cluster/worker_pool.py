@@ -45,6 +45,17 @@ class WorkerPool:
         self._starting = {handle.__ray_ready__.remote(): handle for handle in self._actors}
         self._free: list[Any] = []
 
+    def wait(self) -> None:
+        """Returns when at least one actor is up."""
+        told = False
+        while len(self._starting) == len(self._actors):
+            up, _ = ray.wait([*self._starting], timeout=PATIENCE_S)
+            for reference in up:
+                self._greet(reference)
+            if not up and not told:
+                Console(stderr=True).print(f"waiting for a worker with {self._needs} to start")
+                told = True
+
     def run(
         self, method: str, tasks: Sequence[Any], description: str, *, weights: Sequence[int] | None = None
     ) -> list[Any]:
@@ -64,7 +75,7 @@ class WorkerPool:
         results: list[Any] = [None] * len(tasks)
         waiting = deque(enumerate(tasks))
         running: dict[Any, tuple[int, Any]] = {}
-        told = False
+        self.wait()
         with progress() as bar:
             row = bar.add_task(description, total=sum(sizes))
             while waiting or running:
@@ -72,14 +83,10 @@ class WorkerPool:
                     number, task = waiting.popleft()
                     actor = self._free.pop()
                     running[getattr(actor, method).remote(task)] = (number, actor)
-                done, _ = ray.wait([*running, *self._starting], timeout=PATIENCE_S)
-                if not done and not running and not told:
-                    Console(stderr=True).print(f"waiting for a worker with {self._needs} to start")
-                    told = True
+                done, _ = ray.wait([*running, *self._starting])
                 for reference in done:
                     if reference in self._starting:
-                        self._get(reference)
-                        self._free.append(self._starting.pop(reference))
+                        self._greet(reference)
                         continue
                     number, actor = running.pop(reference)
                     results[number] = self._get(reference)
@@ -95,6 +102,10 @@ class WorkerPool:
     ) -> None:
         for actor in self._actors:
             ray.kill(actor)
+
+    def _greet(self, reference: Any) -> None:
+        self._get(reference)
+        self._free.append(self._starting.pop(reference))
 
     @staticmethod
     def _get(reference: Any) -> Any:

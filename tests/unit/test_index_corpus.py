@@ -16,14 +16,16 @@ from cluster.index_corpus import (
     BuildArea,
     Chunk,
     ChunkRecord,
+    Counts,
     corpus_files,
+    corpus_state,
     cut_shard,
     sample_place,
     split_file,
 )
 from cluster.registry import Registry
 from colbert_core.errors import DataError
-from colbert_core.index.shard_writer import shard_of
+from colbert_core.index import shard_of
 from tests.tiny_data import data_recipe, write_source
 
 SHARDS = 3
@@ -126,10 +128,24 @@ def test_records_come_back_and_everything_is_cleared(tmp_path: Path) -> None:
     area.keep_record(chunks[0], record)
     assert area.encoded() == {chunks[0].name}
     assert area.record(chunks[0]) == record
-    assert record.tokens == 7
+    assert record.counts == Counts(2, 7, 1, 2)
     area.clear()
     assert area.chunks() is None
     assert list(area.store.list()) == []
+
+
+def test_another_corpus_starts_afresh(tmp_path: Path) -> None:
+    source(tmp_path, "a", documents(3))
+    recipe = data_recipe(tmp_path)
+    files = corpus_files(recipe, ["a"])
+    area_of(recipe).begin({"corpus": corpus_state(recipe, files)})
+    area, _ = cut(recipe, "a")
+    area.begin({"corpus": corpus_state(recipe, files)})
+    assert area.chunks() is not None
+    source(tmp_path, "a", documents(4))
+    area.begin({"corpus": corpus_state(recipe, files)})
+    assert area.chunks() is None
+    assert len(list(area.store.list())) == 1
 
 
 def test_row_files_hold_nothing_of_other_shards(tmp_path: Path) -> None:
