@@ -10,7 +10,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -377,6 +378,13 @@ class ServeConfig(FrozenModel):
     grace_s: float = Field(60.0, ge=0, description="how long a version stays loaded after it was replaced")
     questions: tuple[str, ...] = Field((), description="asked over HTTP by the pipeline, answers shown")
 
+    @field_validator("fronts", "group_replicas")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= value[0] <= value[1]:
+            raise ValueError(f"must be [fewest, most] with 1 <= fewest <= most, not {list(value)}")
+        return value
+
 
 class Recipe(FrozenModel):
     """Everything that the jobs read. See ``recipes/`` for worked examples."""
@@ -428,15 +436,54 @@ class Recipe(FrozenModel):
             check("average.greedy.source", self.average.greedy.source, sources, "data source")
         for source in self.index.sources if self.index else ():
             check("index.sources", source, sources, "data source")
+        if self.index and "@" not in self.index.model:
+            check("index.model", self.index.model, ["base", "averaged", *phases], "model")
         if self.evaluate:
             for source in self.evaluate.sources:
                 check("evaluate.sources", source, sources, "data source")
             for name, system in self.evaluate.systems.items():
                 for scorer in [system.scorer] if system.scorer else system.ensemble or ():
                     check(f"evaluate.systems.{name}", scorer, set(self.scorers), "scorer")
+                if system.model and "@" not in system.model:
+                    allowed = ["base", "averaged", *phases]
+                    check(f"evaluate.systems.{name}.model", system.model, allowed, "model")
             check("evaluate.baseline", self.evaluate.baseline, set(self.evaluate.systems), "system")
             if self.evaluate.gate:
                 check("evaluate.gate.source", self.evaluate.gate.source, sources, "data source")
+        return self
+
+    @model_validator(mode="after")
+    def _jobs_fit_together(self) -> Recipe:
+        """Refuses now what a job would refuse only after the one before it has run for hours."""
+        for name, tuple_set in self.data.tuples.items():
+            for pool in tuple_set.mine.pools if tuple_set.mine else ():
+                kind = self.scorers[pool.scorer].kind
+                if kind in ("cross_encoder", "labels"):
+                    raise ValueError(
+                        f"data.tuples.{name}.mine.pools: {pool.scorer!r} is of kind {kind}, which scores "
+                        "pairs and cannot search a corpus"
+                    )
+        for position, phase in enumerate(self.train):
+            for name in phase.data:
+                mined = self.data.tuples[name].mine
+                documents = 1 + sum(pool.take for pool in mined.pools) if mined else phase.nway
+                if documents < phase.nway:
+                    raise ValueError(
+                        f"train.{position}.nway: {phase.nway}, but the tuples of {name!r} are mined with "
+                        f"{documents} documents (the positive and what the pools take)"
+                    )
+        by_name = {phase.name: phase for phase in self.train}
+        for position, item in enumerate(self.average.inputs if self.average else ()):
+            if item.phase is None or item.step == "last":
+                continue
+            every = by_name[item.phase].checkpoint.publish_every_steps
+            # A step past the end is left to the average job: a shortened trial of the phase is no mistake.
+            if item.step < by_name[item.phase].steps and (not every or item.step < 1 or item.step % every):
+                published = f"every {every} steps and its last" if every else "its last step only"
+                raise ValueError(
+                    f"average.inputs.{position}.step: {item.step}, but phase {item.phase!r} publishes "
+                    f"{published} (checkpoint.publish_every_steps)"
+                )
         return self
 
 
@@ -464,6 +511,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe is a mapping, not {type(tree).__name__}")
+    tree = _unshared(tree)
     for override in overrides:
         _apply_override(tree, override)
     return _with_absolute_paths(parse_recipe(tree, origin=str(path)))
@@ -500,27 +548,62 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _explain(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"]) or "(top level)"
+    key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_allowed_keys(detail['loc'])}"
     message = detail["msg"].removeprefix("Value error, ")
     given = "" if detail["type"] in ("missing", "value_error") else f" (given: {detail['input']!r})"
-    return f"{key}: {message}{given}"
+    # What is wrong between sections names its keys itself.
+    return f"{key}: {message}{given}" if key else message
 
 
 def _allowed_keys(location: tuple[int | str, ...]) -> str:
-    """The keys that the section at ``location`` accepts, as far as the path can be followed."""
-    model: Any = Recipe
+    """The keys that the section at ``location`` accepts."""
+    section: Any = Recipe
     for part in location[:-1]:
-        if not (isinstance(model, type) and issubclass(model, FrozenModel)) or part not in model.model_fields:
-            return ""
-        model = model.model_fields[str(part)].annotation
-        for candidate in getattr(model, "__args__", ()):
-            if isinstance(candidate, type) and issubclass(candidate, FrozenModel):
-                model = candidate
-    if isinstance(model, type) and issubclass(model, FrozenModel):
-        return f"; allowed here: {', '.join(sorted(model.model_fields))}"
-    return ""
+        section = _below(section, part)
+    if not _is_section(section):
+        return ""
+    return f"; allowed here: {', '.join(sorted(section.model_fields))}"
+
+
+def _below(annotation: Any, part: int | str) -> Any:
+    """The type that is one part of an error's location further down; None where that leads nowhere."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if _is_section(annotation):
+        field = annotation.model_fields.get(part)
+        return _plain(field.annotation) if field else None
+    if origin is tuple:
+        return _plain(arguments[0])
+    if origin is dict:
+        return _plain(arguments[1])
+    if origin in (Union, UnionType):
+        # The location of an error inside a union of sections told apart by their kind names the kind.
+        for section in filter(_is_section, arguments):
+            if get_args(section.model_fields["kind"].annotation) == (part,):
+                return section
+    return None
+
+
+def _plain(annotation: Any) -> Any:
+    """A type without its constraints, and without the None of an optional section."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        others = [item for item in get_args(annotation) if item is not type(None)]
+        return others[0] if len(others) == 1 else annotation
+    return annotation
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, FrozenModel)
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which a YAML anchor's content is repeated: an override must change one place only."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
