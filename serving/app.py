@@ -23,7 +23,7 @@ from serving.args import ServiceArgs, api_keys, parse_args, recipe_args
 from serving.errors import NotReady
 from serving.front import Front
 from serving.replica import ShardGroupReplica
-from serving.shards import count_shards
+from serving.shards import shard_paths
 
 APP_NAME = "raycolbert"
 FRONT = "front"
@@ -152,7 +152,7 @@ def _check_index(args: ServiceArgs) -> None:
     """Finds out before anything is started what would keep the replicas from starting."""
     registry = Registry.open(args.storage)
     ref = registry.resolve("indexes", args.index)
-    shards = count_shards(registry, ref)
+    shards = len(shard_paths(registry, ref))
     if args.serve.groups > shards:
         raise ConfigError(f"serve.groups: {args.serve.groups}, but {ref} has only {shards} shards")
 

@@ -18,8 +18,7 @@ from serving.groups import ServeGroup, broadcast
 from serving.metrics import Metrics, merge_expositions
 from serving.router import Router
 from serving.service import SearchService
-from serving.shards import load_served
-from serving.versions import ServedVersion, VersionKeeper
+from serving.versions import ServedVersion, VersionKeeper, load_served
 
 logger = logging.getLogger("ray.serve")
 

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from colbert_core.config import SearchConfig
-from colbert_core.index import Hit
+from colbert_core.index import PartialHits
 
 # -- HTTP ---------------------------------------------------------------------------------------------
 
@@ -33,14 +33,20 @@ class SearchRequest(Body):
     queries: list[Text] | None = Field(None, min_length=1, description="several queries")
     query: Text | None = Field(None, description="one query; the answer then has one result list")
     k: int = Field(10, ge=1, description="documents per query")
-    filter: dict[str, Any] | None = Field(None, description="conditions on the documents' metadata")
+    filter: dict[str, Any] | None = Field(
+        None,
+        description='conditions on metadata, as {"topic": "music", "year": {"$gte": 2020}}; operators: $eq, '
+        '$ne, $gt, $gte, $lt, $lte, $in; $and, $or, $not; {"$ids": […]}, alone, selects by id',
+    )
     search: SearchConfig | None = Field(None, description="quality settings instead of the service's own")
     allow_partial: bool = Field(
         False, description="answer from the shards that did; by default a missing shard fails the request"
     )
     index_version: str | None = Field(None, description="a version that is served, instead of the current")
     include: list[Literal["text", "metadata"]] = Field(
-        ["text"], description="what a result carries besides id and score, where the index has it"
+        ["text"],
+        description="what a result carries besides id and score, where the index has it: 'text' is title and "
+        "text, 'metadata' all other columns",
     )
 
     @model_validator(mode="after")
@@ -78,6 +84,7 @@ class Result(Body):
     """One document of an answer."""
 
     id: str
+    title: str | None = None
     score: float = Field(description="sum over the query's tokens of the best similarity in the document")
     text: str | None = None
     metadata: dict[str, Any] | None = None
@@ -193,11 +200,11 @@ class GroupHits:
     """A group's answer to a search.
 
     Attributes:
-        hits: for each query what :func:`colbert_core.index.merge_hits` merges.
+        hits: for each query the group's part of the answer.
         records: metadata of the documents found, by id.
     """
 
-    hits: list[list[Hit]]
+    hits: list[PartialHits]
     records: dict[str, dict[str, Any]]
 
 

@@ -32,8 +32,8 @@ from serving.protocol import (
 from serving.router import Gathered, Router
 from serving.versions import ServedVersion, VersionKeeper
 
-# The metadata column that holds a document's text.
-TEXT = "text"
+# The metadata columns that hold what a person reads.
+TEXT_COLUMNS = ("title", "text")
 HEALTH_TIMEOUT_S = 2.0
 
 
@@ -204,7 +204,7 @@ def _columns(include: Sequence[str]) -> tuple[str, ...] | None:
     """Metadata columns that an answer needs; None for all."""
     if "metadata" in include:
         return None
-    return (TEXT,) if TEXT in include else ()
+    return TEXT_COLUMNS if "text" in include else ()
 
 
 def _merge(answers: Sequence[GroupHits], request: SearchRequest) -> list[list[Result]]:
@@ -218,8 +218,9 @@ def _merge(answers: Sequence[GroupHits], request: SearchRequest) -> list[list[Re
 
 
 def _result(key: str, score: float, record: dict[str, Any], request: SearchRequest) -> Result:
-    text = record.get(TEXT) if "text" in request.include else None
-    metadata = None
+    result = Result(id=key, score=score)
+    if "text" in request.include:
+        result.title, result.text = (record.get(name) for name in TEXT_COLUMNS)
     if "metadata" in request.include:
-        metadata = {name: value for name, value in record.items() if name != TEXT}
-    return Result(id=key, score=score, text=text, metadata=metadata)
+        result.metadata = {name: value for name, value in record.items() if name not in TEXT_COLUMNS}
+    return result

@@ -18,11 +18,14 @@ from typing import Protocol
 import numpy as np
 
 from cluster.artifacts import ArtifactRef
+from cluster.models import load_model_ref
+from cluster.registry import Registry
 from colbert_core.encoder import ColBERT
-from colbert_core.errors import RaycolbertError
+from colbert_core.errors import IndexFormatError, RaycolbertError
 from serving.errors import NotReady, VersionNotServed
 from serving.metrics import Metrics
 from serving.protocol import GroupHealth, Health, ReplicaState
+from serving.shards import shard_paths
 
 logger = logging.getLogger("ray.serve")
 
@@ -51,6 +54,21 @@ class ServedVersion:
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         """fp32 vectors ``[length, dim]`` of each document."""
         return [vectors.numpy() for vectors in self.model.encode_documents(texts)]
+
+
+def load_served(registry: Registry, ref: ArtifactRef) -> ServedVersion:
+    """Loads the model that an index was encoded with.
+
+    Raises:
+        ArtifactNotFound: the index or its model is not published.
+        IndexFormatError: the index has no shards, or not exactly one model.
+        IntegrityError, ModelError: the model cannot be loaded.
+    """
+    manifest = registry.manifest(ref)
+    models = [parent.ref for parent in manifest.parents if parent.ref.kind == "models"]
+    if len(models) != 1:
+        raise IndexFormatError(f"{ref}: its manifest names {len(models)} models; an index has exactly one")
+    return ServedVersion(ref, load_model_ref(registry, models[0]), len(shard_paths(registry, ref)))
 
 
 class SyncedGroup(Protocol):
