@@ -1,0 +1,274 @@
+"""Building an index on a real local Ray: the same index by any number of workers, and after a kill."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.artifacts import base_ref, index_ref
+from cluster.config import Recipe
+from cluster.index_corpus import BuildArea
+from cluster.manifest import Manifest
+from cluster.models import ensure_base, load_model_ref
+from cluster.ray_session import ray_session
+from cluster.registry import Registry
+from cluster.sources import document_text
+from cluster.storage import ObjectInfo
+from cluster.worker_pool import WorkerPool
+from colbert_core.config import SearchConfig
+from colbert_core.errors import ArtifactNotFound, ConfigError, DataError
+from colbert_core.index import open_index
+from colbert_core.maxsim import maxsim_ragged
+from jobs import index
+from tests.fragile_worker import FragileWorker
+from tests.tiny_data import data_recipe, write_source
+from tests.tiny_models import WORDS, tiny_bert_dir
+
+DOCUMENTS = 1300
+QUESTIONS = [" ".join(random.Random(seed).sample(WORDS.split(), 5)) for seed in range(30)]
+# Everything is a candidate and is scored by its residuals: nothing is left to chance.
+THOROUGH = SearchConfig(probes=64, candidates=DOCUMENTS, rerank=DOCUMENTS)
+
+
+def corpus(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    words, source = WORDS.split(), random.Random(seed)
+    return [
+        {
+            "_id": f"d{i:04d}",
+            "title": f"title {i}" if i % 3 else None,
+            "text": " ".join(source.choices(words, k=source.randint(4, 24))),
+        }
+        for i in range(count)
+    ]
+
+
+def add_source(root: Path, name: str, documents: list[dict[str, Any]]) -> None:
+    write_source(root / name, documents, [{"_id": "q", "text": "cat"}], [("q", documents[0]["_id"], 1)])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("index")
+    add_source(folder, "many", corpus(DOCUMENTS))
+    tiny_bert_dir(folder / "bert")
+    return folder
+
+
+def recipe(root: Path, store: Path, source: str = "many", **settings: Any) -> Recipe:
+    section = {
+        "name": "i",
+        "model": "base",
+        "sources": [source],
+        "shards": 4,
+        "codec": {"centroids": 256, "sample_tokens": 15_000},
+        "cpus_per_worker": 0.5,
+    }
+    return data_recipe(
+        root,
+        storage={"root": str(store), "cache_dir": str(root / "cache")},
+        model={
+            "name": "tiny",
+            "base": str(root / "bert"),
+            "colbert": {"dim": 16, "document_length": 20, "query_length": 12, "query_length_rule": "fixed"},
+        },
+        ray={"num_cpus": 2},
+        index=section | settings,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray(root: Path) -> Iterator[None]:
+    with ray_session(recipe(root, root / "unused")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def built(root: Path) -> Recipe:
+    given = recipe(root, root / "built")
+    report = index.run(given)
+    assert report.artifacts == [str(index_ref(given))]
+    assert report.metrics["documents"] == DOCUMENTS
+    assert report.metrics["truncated_documents"] > 0
+    assert report.metrics["chunks_found"] == report.metrics["shards_found"] == 0
+    assert report.metrics["shards_written"] == 4
+    # The codec fits what it has not seen as well as the sample that it was trained on.
+    assert 12_000 < report.metrics["sample_tokens"] <= 15_000 < report.metrics["tokens"]
+    assert report.metrics["centroids"] == 256
+    of_sample = report.metrics["residual_norm_of_sample"]
+    assert report.metrics["residual_norm"] == pytest.approx(of_sample, rel=0.05)
+    assert report.metrics["residual_norm"] != of_sample
+    assert 0 < report.metrics["bytes_per_token"] < 40
+    assert set(report.timings) == {"workers", "documents", "encoding", "codec", "shards", "publishing"}
+    return given
+
+
+def published(given: Recipe) -> Manifest:
+    return Registry.open(given.storage).manifest(index_ref(given))
+
+
+def searched(given: Recipe, k: int = 10) -> list[list[tuple[str, float]]]:
+    registry = Registry.open(given.storage)
+    queries = load_model_ref(registry, base_ref(given)).encode_queries(QUESTIONS)
+    searcher = open_index(registry.pull(index_ref(given)))
+    hits = searcher.search([vectors.numpy() for vectors in queries], k, THOROUGH)
+    return [[(hit.id, float(hit.score)) for hit in found] for found in hits]
+
+
+def contents(given: Recipe) -> dict[str, str]:
+    return {path: entry.sha256 for path, entry in published(given).files.items()}
+
+
+def assert_alike(left: Sequence[Any], right: Sequence[Any]) -> None:
+    """Same documents in the same order, but for such as score alike."""
+    for mine, theirs in zip(left, right, strict=True):
+        assert [score for _, score in mine] == pytest.approx([score for _, score in theirs], abs=0.02)
+        scores = dict(theirs)
+        for key, score in mine:
+            assert scores.get(key, theirs[-1][1]) == pytest.approx(score, abs=0.02)
+
+
+def test_scores_are_those_of_the_model(built: Recipe) -> None:
+    """Against exact MaxSim of vectors that the model makes here, over all documents."""
+    model = load_model_ref(Registry.open(built.storage), base_ref(built))
+    rows = corpus(DOCUMENTS)
+    vectors = model.encode_documents([document_text(row["title"], row["text"]) for row in rows])
+    overlap = 0
+    for query, found in zip(model.encode_queries(QUESTIONS), searched(built), strict=True):
+        exact = maxsim_ragged(query, vectors)
+        for key, score in found:
+            assert score == pytest.approx(float(exact[int(key[1:])]), abs=0.1)
+        best = {rows[i]["_id"] for i in exact.topk(len(found)).indices.tolist()}
+        overlap += len(best & {key for key, _ in found})
+    assert overlap > 0.9 * 10 * len(QUESTIONS)
+
+
+def test_the_manifest_describes_the_index(built: Recipe) -> None:
+    manifest = published(built)
+    assert [parent.ref for parent in manifest.parents] == [base_ref(built)]
+    assert manifest.extra["dim"] == 16
+    assert manifest.extra["documents"] == DOCUMENTS
+    shards: Any = manifest.extra["shards"]
+    assert sum(shard["documents"] for shard in shards) == DOCUMENTS
+    assert sum(shard["tokens"] for shard in shards) == manifest.extra["tokens"]
+    assert min(shard["documents"] for shard in shards) > DOCUMENTS / 5
+    folder = Registry.open(built.storage).pull(index_ref(built))
+    codec = json.loads((folder / "codec/codec.json").read_text())
+    assert manifest.extra["codec"] == codec["sha256"]
+    asked = corpus(DOCUMENTS)[::97]
+    assert open_index(folder).records([row["_id"] for row in asked]) == {
+        row["_id"]: {"title": row["title"], "text": row["text"]} for row in asked
+    }
+    store = Registry.open(built.storage).store
+    left = [info.key for info in store.list(index_ref(built).prefix) if "/." in info.key]
+    assert left == []
+
+
+def test_an_index_is_built_once(built: Recipe) -> None:
+    report = index.run(built)
+    assert report.skipped == [str(index_ref(built))]
+    assert report.artifacts == []
+
+
+def test_two_workers_build_what_one_builds(built: Recipe, root: Path) -> None:
+    two = recipe(root, root / "two", encode_workers=2)
+    index.run(two)
+    assert index_ref(two) == index_ref(built)
+    assert searched(two) == searched(built)
+    assert contents(two) == contents(built)
+
+
+def test_four_shards_answer_as_one(built: Recipe, root: Path) -> None:
+    one = recipe(root, root / "one", shards=1)
+    index.run(one)
+    assert_alike(searched(one), searched(built))
+
+
+def test_typed_errors_come_through(root: Path) -> None:
+    add_source(root, "twice", [*corpus(20), corpus(20)[4]])
+    with pytest.raises(
+        DataError, match=r"twice/corpus.parquet row 21: id 'd0004' occurs twice, first in row 5"
+    ):
+        index.run(recipe(root, root / "errors", "twice"))
+    with pytest.raises(ArtifactNotFound, match="nothing is published under models/nobody"):
+        index.run(recipe(root, root / "errors", model="nobody@production"))
+
+
+def test_few_documents_and_a_moved_alias(root: Path) -> None:
+    """An index of fewer vectors than centroids, with an empty shard; then its alias moves on."""
+    add_source(root, "few", corpus(3))
+    given = recipe(root, root / "aliased", "few")
+    registry = Registry.open(given.storage)
+    first = ensure_base(given, registry)
+    registry.promote(first, "production")
+    aliased = recipe(root, root / "aliased", "few", model="tiny@production", codec={"centroids": 4096})
+    report = index.run(aliased)
+    assert report.metrics["centroids"] == report.metrics["tokens"] < 100
+    assert any("4096 centroids" in warning for warning in report.warnings)
+    assert min(shard["documents"] for shard in report.details["shards"]) == 0
+    assert {key for key, _ in searched(aliased)[0]} == {"d0000", "d0001", "d0002"}
+    assert index.run(aliased).skipped == [str(index_ref(aliased))]
+    second = ensure_base(given.model_copy(update={"seed": 43}), registry)
+    assert second != first
+    registry.promote(second, "production")
+    with pytest.raises(ConfigError, match=f"stands for {second} now"):
+        index.run(aliased)
+
+
+def test_a_killed_build_goes_on(built: Recipe, root: Path) -> None:
+    """The process is killed as soon as the first of four shards is staged."""
+    given = recipe(root, root / "killed")
+    area = BuildArea(Registry.open(given.storage).store, index_ref(given))
+    script = "import sys; from cluster.config import Recipe; from jobs import index; " + (
+        "index.run(Recipe.model_validate_json(sys.argv[1]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, given.model_dump_json()]) as process:
+        while not any(area.store.exists(area.shard_key(shard)) for shard in range(4)):
+            assert process.poll() is None
+            time.sleep(0.002)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    # Its workers end with it, and write nothing more.
+    workers = [child for child in family if named(child, "IndexWorker")]
+    assert workers
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    assert not Registry.open(given.storage).exists(index_ref(given))
+    finished = [shard for shard in range(4) if area.store.exists(area.shard_key(shard))]
+    assert 0 < len(finished) < 4
+    kept = ["codec", *(f"shards/{shard:05d}" for shard in finished)]
+    before = stored(given, kept)
+    assert len(before) > 10
+    report = index.run(given)
+    assert report.metrics["chunks_encoded"] == 0
+    assert report.metrics["codec_found"] == 1
+    assert report.metrics["shards_found"] == len(finished)
+    assert report.metrics["shards_written"] == 4 - len(finished)
+    assert stored(given, kept) == before
+    assert contents(given) == contents(built)
+
+
+def named(process: psutil.Process, name: str) -> bool:
+    try:
+        return name in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def stored(given: Recipe, folders: Sequence[str]) -> list[ObjectInfo]:
+    """The objects of an index below some folders; equal when nobody has written them again."""
+    store, prefix = Registry.open(given.storage).store, index_ref(given).prefix
+    return [info for folder in folders for info in store.list(f"{prefix}files/{folder}/")]
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    with WorkerPool(FragileWorker, (tmp_path / "mark",), size=2, cpus=0.5, gpus=0) as pool:
+        assert pool.run("double", range(10), "doubling") == [2 * number for number in range(10)]
+    assert (tmp_path / "mark").exists()
