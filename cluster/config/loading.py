@@ -1,0 +1,145 @@
+"""Recipe files and ``key=value`` overrides, with errors that name the key and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from cluster.config.recipe import Recipe
+from colbert_core.config import FrozenModel
+from colbert_core.errors import ConfigError
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and applies ``key=value`` overrides.
+
+    Relative directories start from the current one; they are made absolute here, because the processes
+    of a job do not share a current directory.
+
+    Args:
+        path: YAML file.
+        overrides: ``dotted.key=value`` strings; the value is parsed as YAML, list items are
+            addressed by number (``train.0.steps=20``).
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key or value is refused; the message names
+            the file and the dotted key.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping, not {type(tree).__name__}")
+    tree = _unshared(tree)
+    for override in overrides:
+        _apply_override(tree, override)
+    return _with_absolute_paths(parse_recipe(tree, origin=str(path)))
+
+
+def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """Validates a recipe given as plain data; see :func:`load_recipe`."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    storage = recipe.storage.model_copy(
+        update={"root": absolute(recipe.storage.root), "cache_dir": absolute(recipe.storage.cache_dir)}
+    )
+    data = recipe.data.model_copy(update={"root": absolute(recipe.data.root)})
+    return recipe.model_copy(update={"storage": storage, "data": data})
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_allowed_keys(detail['loc'])}"
+    message = detail["msg"].removeprefix("Value error, ")
+    given = "" if detail["type"] in ("missing", "value_error") else f" (given: {detail['input']!r})"
+    # What is wrong between sections names its keys itself.
+    return f"{key}: {message}{given}" if key else message
+
+
+def _allowed_keys(location: tuple[int | str, ...]) -> str:
+    """The keys that the section at ``location`` accepts."""
+    section: Any = Recipe
+    for part in location[:-1]:
+        section = _below(section, part)
+    if not _is_section(section):
+        return ""
+    return f"; allowed here: {', '.join(sorted(section.model_fields))}"
+
+
+def _below(annotation: Any, part: int | str) -> Any:
+    """The type that is one part of an error's location further down; None where that leads nowhere."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if _is_section(annotation):
+        field = annotation.model_fields.get(part)
+        return _plain(field.annotation) if field else None
+    if origin is tuple:
+        return _plain(arguments[0])
+    if origin is dict:
+        return _plain(arguments[1])
+    if origin in (Union, UnionType):
+        # The location of an error inside a union of sections told apart by their kind names the kind.
+        for section in filter(_is_section, arguments):
+            if get_args(section.model_fields["kind"].annotation) == (part,):
+                return section
+    return None
+
+
+def _plain(annotation: Any) -> Any:
+    """A type without its constraints, and without the None of an optional section."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        others = [item for item in get_args(annotation) if item is not type(None)]
+        return others[0] if len(others) == 1 else annotation
+    return annotation
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, FrozenModel)
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which a YAML anchor's content is repeated: an override must change one place only."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: expected key=value, for example train.0.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: the value is not YAML: {error}") from None
+    node: Any = tree
+    *parents, last = key.split(".")
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        if isinstance(node, list):
+            node[int(last)] = value
+        else:
+            node[last] = value
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise ConfigError(f"--set {key}: the recipe has no such place") from None

@@ -1,0 +1,116 @@
+"""The whole recipe: its sections, and what they must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cluster.config.base import Name
+from cluster.config.data import DataConfig, Scorer
+from cluster.config.retrieval import EvaluateConfig, IndexConfig, ServeConfig
+from cluster.config.session import RayConfig, StorageConfig
+from cluster.config.training import AverageConfig, ModelConfig, TrainPhase
+from colbert_core.config import FrozenModel
+
+
+class Recipe(FrozenModel):
+    """Everything that the jobs read. See ``recipes/`` for worked examples."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    seed: int = 42
+    storage: StorageConfig
+    ray: RayConfig = RayConfig()
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    scorers: dict[Name, Scorer] = Field(default_factory=dict)
+    train: tuple[TrainPhase, ...] = ()
+    average: AverageConfig | None = None
+    index: IndexConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    serve: ServeConfig | None = None
+
+    @model_validator(mode="after")
+    def _references_exist(self) -> Recipe:
+        sources, tuples, phases = set(self.data.sources), set(self.data.tuples), [p.name for p in self.train]
+
+        def check(key: str, value: str | None, allowed: Sequence[str] | set[str], what: str) -> None:
+            if value is not None and value not in allowed:
+                raise ValueError(
+                    f"{key}: no {what} {value!r}; there are: {', '.join(sorted(allowed)) or 'none'}"
+                )
+
+        check("model.pca_source", self.model.pca_source, sources, "data source")
+        for name, tuple_set in self.data.tuples.items():
+            if tuple_set.mine:
+                check(f"data.tuples.{name}.mine.source", tuple_set.mine.source, sources, "data source")
+                for pool in tuple_set.mine.pools:
+                    check(f"data.tuples.{name}.mine.pools", pool.scorer, set(self.scorers), "scorer")
+            for scorer in tuple_set.score.scorers if tuple_set.score else ():
+                check(f"data.tuples.{name}.score.scorers", scorer, set(self.scorers), "scorer")
+        if len(set(phases)) != len(phases):
+            raise ValueError(f"train: two phases share a name: {phases}")
+        for position, phase in enumerate(self.train):
+            for tuple_name in phase.data:
+                check(f"train.{position}.data", tuple_name, tuples, "tuple set")
+            if phase.name in ("base", "averaged"):
+                raise ValueError(f"train.{position}.name: {phase.name!r} is reserved")
+            if "@" not in phase.init:
+                check(f"train.{position}.init", phase.init, ["base", *phases[:position]], "earlier phase")
+        for position, item in enumerate(self.average.inputs if self.average else ()):
+            check(f"average.inputs.{position}.phase", item.phase, phases, "phase")
+        if self.average and self.average.greedy:
+            check("average.greedy.source", self.average.greedy.source, sources, "data source")
+        for source in self.index.sources if self.index else ():
+            check("index.sources", source, sources, "data source")
+        if self.index and "@" not in self.index.model:
+            check("index.model", self.index.model, ["base", "averaged", *phases], "model")
+        if self.evaluate:
+            for source in self.evaluate.sources:
+                check("evaluate.sources", source, sources, "data source")
+            for name, system in self.evaluate.systems.items():
+                for scorer in [system.scorer] if system.scorer else system.ensemble or ():
+                    check(f"evaluate.systems.{name}", scorer, set(self.scorers), "scorer")
+                if system.model and "@" not in system.model:
+                    allowed = ["base", "averaged", *phases]
+                    check(f"evaluate.systems.{name}.model", system.model, allowed, "model")
+            check("evaluate.baseline", self.evaluate.baseline, set(self.evaluate.systems), "system")
+            if self.evaluate.gate:
+                check("evaluate.gate.source", self.evaluate.gate.source, sources, "data source")
+        return self
+
+    @model_validator(mode="after")
+    def _jobs_fit_together(self) -> Recipe:
+        """Refuses now what a job would refuse only after the one before it has run for hours."""
+        for name, tuple_set in self.data.tuples.items():
+            for pool in tuple_set.mine.pools if tuple_set.mine else ():
+                kind = self.scorers[pool.scorer].kind
+                if kind in ("cross_encoder", "labels"):
+                    raise ValueError(
+                        f"data.tuples.{name}.mine.pools: {pool.scorer!r} is of kind {kind}, which scores "
+                        "pairs and cannot search a corpus"
+                    )
+        for position, phase in enumerate(self.train):
+            for name in phase.data:
+                mined = self.data.tuples[name].mine
+                documents = 1 + sum(pool.take for pool in mined.pools) if mined else phase.nway
+                if documents < phase.nway:
+                    raise ValueError(
+                        f"train.{position}.nway: {phase.nway}, but the tuples of {name!r} are mined with "
+                        f"{documents} documents (the positive and what the pools take)"
+                    )
+        by_name = {phase.name: phase for phase in self.train}
+        for position, item in enumerate(self.average.inputs if self.average else ()):
+            if item.phase is None or item.step == "last":
+                continue
+            every = by_name[item.phase].checkpoint.publish_every_steps
+            # A step past the end is left to the average job: a shortened trial of the phase is no mistake.
+            if item.step < by_name[item.phase].steps and (not every or item.step < 1 or item.step % every):
+                published = f"every {every} steps and its last" if every else "its last step only"
+                raise ValueError(
+                    f"average.inputs.{position}.step: {item.step}, but phase {item.phase!r} publishes "
+                    f"{published} (checkpoint.publish_every_steps)"
+                )
+        return self

