@@ -1,0 +1,398 @@
+"""Recipes: what is refused and how it is said, overrides, paths, and the digest that names versions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.config import Recipe, ServeConfig, fingerprint, load_recipe, parse_recipe
+from colbert_core.config import LossConfig
+from colbert_core.errors import ConfigError
+
+FILES = {"corpus": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels.tsv"}
+PHASE = {"data": ["mined"], "nway": 4, "steps": 20, "queries_per_step": 8, "micro_batch": 4}
+TREE: dict[str, Any] = {
+    "name": "r",
+    "storage": {"root": "store"},
+    "model": {"name": "m", "base": "some/backbone"},
+    "data": {
+        "sources": {"train": FILES, "test": FILES},
+        "tuples": {
+            "mined": {
+                "mine": {"source": "train", "pools": [{"scorer": "bm25", "take": 3}]},
+                "score": {"scorers": {"teacher": 1.0}},
+            },
+            "given": {"read": {"format": "tuples", "tuples": "given.parquet"}},
+        },
+    },
+    "scorers": {
+        "bm25": {"kind": "bm25"},
+        "teacher": {"kind": "cross_encoder", "model": "some/reranker"},
+    },
+    "train": [
+        {"name": "pre", **PHASE, "checkpoint": {"publish_every_steps": 5}},
+        {"name": "post", "init": "pre", **PHASE},
+    ],
+    "average": {"inputs": [{"phase": "pre", "step": 10}, {"phase": "post"}]},
+    "index": {"name": "i", "sources": ["test"]},
+    "evaluate": {"sources": ["test"], "systems": {"start": {"model": "base"}}},
+    "serve": {},
+}
+
+
+def with_value(key: str, value: Any) -> dict[str, Any]:
+    """The recipe above with one value replaced; None removes the key."""
+    tree = deepcopy(TREE)
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    node[int(last) if isinstance(node, list) else last] = value
+    if value is None:
+        del node[last]
+    return tree
+
+
+def refused(key: str, value: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(with_value(key, value), origin="r.yaml")
+    message = str(caught.value)
+    assert message.startswith("r.yaml: ")
+    return message
+
+
+def written(folder: Path, text: str | None = None) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(yaml.safe_dump(TREE) if text is None else text, encoding="utf-8")
+    return path
+
+
+def test_the_recipe_of_these_tests_is_valid_and_frozen() -> None:
+    recipe = parse_recipe(TREE)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train[0].steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "named", "allowed"),
+    [
+        ("typo", "typo", "average, data, evaluate"),
+        ("storage.rot", "storage.rot", "request_timeout_s, root, single_writer"),
+        ("model.colbert.dims", "model.colbert.dims", "attend_to_expansion, dim, do_lower_case"),
+        ("data.sources.train.corps", "data.sources.train.corps", "corpus, qrels, queries"),
+        ("data.tuples.mined.mine.pools.0.tke", "data.tuples.mined.mine.pools.0.tke", "ranks, scorer, take"),
+        ("scorers.bm25.k3", "scorers.bm25.bm25.k3", "b, k1, kind, tokenizer"),
+        ("train.1.stpes", "train.1.stpes", "seed, steps, threads_per_worker"),
+        ("train.0.optimizer.learning_rate", "train.0.optimizer.learning_rate", "eps, lr, name"),
+        ("average.inputs.0.stp", "average.inputs.0.stp", "model, phase, step, weight"),
+        ("evaluate.systems.start.modle", "evaluate.systems.start.modle", "ensemble, index, model, scorer"),
+        ("serve.search.prbes", "serve.search.prbes", "candidates, probes, rerank"),
+    ],
+)
+def test_an_unknown_key_is_named_with_those_allowed_in_its_place(key: str, named: str, allowed: str) -> None:
+    message = refused(key, 1)
+    assert f"unknown key '{named}'; allowed here: " in message
+    assert allowed in message
+
+
+def test_every_unknown_key_is_named_at_once() -> None:
+    tree = with_value("typo", 1)
+    tree["train"][0]["stpes"] = 2
+    with pytest.raises(ConfigError, match=r"unknown key 'train\.0\.stpes'.*; unknown key 'typo'"):
+        parse_recipe(tree)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.0.steps", "many", "train.0.steps: Input should be a valid integer"),
+        ("train.0.steps", 2.5, "train.0.steps: Input should be a valid integer"),
+        ("train.0.steps", 0, "train.0.steps: Input should be greater than or equal to 1 (given: 0)"),
+        ("train.0.data", "mined", "train.0.data: Input should be a valid tuple (given: 'mined')"),
+        ("train.0.precision", "fp16", "train.0.precision: Input should be 'fp32', 'bf16' or 'autocast'"),
+        ("train.0.zero_stage", 4, "train.0.zero_stage: Input should be 0, 1, 2 or 3"),
+        ("train.0", 3, "train.0: Input should be a valid dictionary"),
+        ("storage", "store", "storage: Input should be a valid dictionary"),
+        ("storage.root", None, "storage.root: Field required"),
+        ("scorers.bm25.kind", "bm26", "'bm25', 'bi_encoder', 'cross_encoder', 'colbert'"),
+        ("schema_version", 2, "schema_version: Input should be 1"),
+        ("serve.port", 70_000, "serve.port: Input should be less than or equal to 65535"),
+        ("name", "a/b", "name: String should match pattern"),
+        ("data.sources", {"../x": FILES}, "String should match pattern"),
+        ("average.inputs.0.step", "first", "average.inputs.0.step"),
+        ("index.codec.residual_bits", 3, "index.codec.residual_bits: Input should be 2, 4 or 8"),
+    ],
+)
+def test_a_wrong_type_or_value_is_named_with_its_key(key: str, value: Any, message: str) -> None:
+    assert message in refused(key, value)
+
+
+def test_pca_needs_a_source() -> None:
+    assert "needs pca_source" in refused("model.projection", "pca")
+
+
+def test_markers_differ() -> None:
+    message = refused("model.colbert", {"query_marker": "[Q]", "document_marker": "[Q]"})
+    assert "query_marker and document_marker are both '[Q]'" in message
+
+
+def test_ranks_of_a_pool_are_in_order() -> None:
+    message = refused("data.tuples.mined.mine.pools.0.ranks", [20, 1])
+    assert "1 <= first <= last, not [20, 1]" in message
+
+
+def test_a_tuple_set_has_one_origin() -> None:
+    files = {"format": "tuples", "tuples": "t.parquet"}
+    assert "exactly one of 'mine' and 'read'" in refused("data.tuples.mined.read", files)
+    assert "exactly one of 'mine' and 'read'" in refused("data.tuples.given", {})
+
+
+def test_mined_tuples_need_a_teacher() -> None:
+    assert "needs 'score', its teacher" in refused("data.tuples.mined.score", None)
+
+
+@pytest.mark.parametrize("form", ["ids", "mmarco"])
+def test_tuples_of_ids_need_texts(form: str) -> None:
+    message = refused("data.tuples.given.read", {"format": form, "tuples": "t.parquet", "queries": "q.tsv"})
+    assert f"format '{form}' needs 'queries' and 'documents'" in message
+
+
+def test_units_fill_a_step() -> None:
+    message = refused("train.0.micro_batch", 3)
+    assert "queries_per_step (8) must be a multiple of micro_batch (3)" in message
+
+
+@pytest.mark.parametrize("workers", [0, [3, 1], [0, 2]])
+def test_workers_are_a_number_or_a_range(workers: Any) -> None:
+    assert "num_workers must be N or [fewest, most]" in refused("train.0.num_workers", workers)
+
+
+def test_two_documents_have_no_gradient_under_min_max_on_both_sides() -> None:
+    assert "nway 2 with loss.normalize 'both'" in refused("train.0.nway", 2)
+    parse_recipe(with_value("train.0", TREE["train"][0] | {"nway": 2, "loss": {"normalize": "teacher"}}))
+
+
+def test_a_loss_has_a_term() -> None:
+    assert "all loss weights are 0" in refused("train.0.loss", {"kl": 0})
+
+
+def test_in_batch_negatives_need_their_term() -> None:
+    assert "in_batch_negatives needs a contrastive weight" in refused(
+        "train.0.loss", {"in_batch_negatives": True}
+    )
+    LossConfig(in_batch_negatives=True, contrastive=0.1)
+
+
+def test_phases_differ_in_name() -> None:
+    assert "two phases share a name" in refused("train.1.name", "pre")
+
+
+@pytest.mark.parametrize("name", ["base", "averaged"])
+def test_some_phase_names_are_reserved(name: str) -> None:
+    assert f"train.1.name: '{name}' is reserved" in refused("train.1.name", name)
+
+
+def test_a_phase_starts_from_an_earlier_one() -> None:
+    assert "train.0.init: no earlier phase 'post'; there are: base" in refused("train.0.init", "post")
+    parse_recipe(with_value("train.0.init", "published@production"))
+
+
+def test_an_average_input_has_one_origin() -> None:
+    for item in ({"phase": "pre", "model": "m@v1"}, {}):
+        assert "exactly one of 'phase' and 'model'" in refused("average.inputs", [item])
+
+
+@pytest.mark.parametrize(("step", "published"), [(7, "every 5 steps and its last"), (0, "every 5 steps")])
+def test_an_average_of_a_step_that_is_not_published_is_refused(step: int, published: str) -> None:
+    message = refused("average.inputs.0.step", step)
+    assert message.startswith(f"r.yaml: average.inputs.0.step: {step}, but phase 'pre' publishes {published}")
+
+
+def test_a_step_of_a_phase_that_publishes_its_last_only_is_refused() -> None:
+    tree = with_value("average.inputs.1.step", 5)
+    with pytest.raises(ConfigError, match="phase 'post' publishes its last step only"):
+        parse_recipe(tree)
+    tree["average"]["inputs"][1]["step"] = 20
+    parse_recipe(tree)
+
+
+def test_a_shortened_phase_can_be_tried_without_touching_the_average() -> None:
+    parse_recipe(with_value("train.0.steps", 8))
+
+
+def test_mined_tuples_are_as_long_as_training_wants_them() -> None:
+    message = refused("train.1.nway", 5)
+    assert "train.1.nway: 5, but the tuples of 'mined' are mined with 4 documents" in message
+
+
+@pytest.mark.parametrize(("name", "kind"), [("teacher", "cross_encoder"), ("labels", "labels")])
+def test_a_pool_is_of_a_scorer_that_can_search(name: str, kind: str) -> None:
+    tree = with_value("data.tuples.mined.mine.pools.0.scorer", name)
+    tree["scorers"]["labels"] = {"kind": "labels"}
+    with pytest.raises(ConfigError, match=f"'{name}' is of kind {kind}, which .* cannot search"):
+        parse_recipe(tree)
+
+
+def test_a_system_is_of_one_kind() -> None:
+    message = refused("evaluate.systems.start", {"model": "base", "scorer": "bm25"})
+    assert "exactly one of 'scorer', 'ensemble' and 'model'" in message
+
+
+@pytest.mark.parametrize("key", ["fronts", "group_replicas"])
+@pytest.mark.parametrize("value", [[4, 2], [0, 2]])
+def test_replicas_are_in_order(key: str, value: list[int]) -> None:
+    message = refused(f"serve.{key}", value)
+    assert f"serve.{key}: must be [fewest, most] with 1 <= fewest <= most" in message
+    assert ServeConfig.model_validate({key: [2, 2]})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.pca_source", "nope", "model.pca_source: no data source 'nope'; there are: test, train"),
+        ("data.tuples.mined.mine.source", "nope", "data.tuples.mined.mine.source: no data source 'nope'"),
+        (
+            "data.tuples.mined.mine.pools.0.scorer",
+            "nope",
+            "no scorer 'nope'; there are: bm25, teacher",
+        ),
+        ("data.tuples.mined.score.scorers", {"nope": 1}, "data.tuples.mined.score.scorers: no scorer 'nope'"),
+        ("train.0.data", ["nope"], "train.0.data: no tuple set 'nope'; there are: given, mined"),
+        ("average.inputs.0.phase", "nope", "average.inputs.0.phase: no phase 'nope'; there are: post, pre"),
+        ("average.greedy", {"source": "nope"}, "average.greedy.source: no data source 'nope'"),
+        ("index.sources", ["nope"], "index.sources: no data source 'nope'"),
+        ("index.model", "nope", "index.model: no model 'nope'; there are: averaged, base, post, pre"),
+        ("evaluate.sources", ["nope"], "evaluate.sources: no data source 'nope'"),
+        ("evaluate.systems.start", {"scorer": "nope"}, "evaluate.systems.start: no scorer 'nope'"),
+        ("evaluate.systems.start", {"ensemble": {"nope": 1}}, "evaluate.systems.start: no scorer 'nope'"),
+        ("evaluate.systems.start.model", "nope", "evaluate.systems.start.model: no model 'nope'"),
+        ("evaluate.baseline", "nope", "evaluate.baseline: no system 'nope'; there are: start"),
+        ("evaluate.gate", {"source": "nope"}, "evaluate.gate.source: no data source 'nope'"),
+    ],
+)
+def test_a_name_that_stands_for_nothing_is_named_with_those_there_are(
+    key: str, value: Any, message: str
+) -> None:
+    assert message in refused(key, value)
+
+
+def test_what_is_no_recipe_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no recipe file .*missing\.yaml"):
+        load_recipe(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match=r"r\.yaml: not readable as YAML"):
+        load_recipe(written(tmp_path, "name: [unclosed"))
+    with pytest.raises(ConfigError, match=r"r\.yaml: a recipe is a mapping, not list"):
+        load_recipe(written(tmp_path, "- name"))
+    with pytest.raises(ConfigError, match=r"r\.yaml: a recipe is a mapping, not NoneType"):
+        load_recipe(written(tmp_path, ""))
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("train.1.steps=7", lambda recipe: recipe.train[1].steps == 7),
+        ("train.1.optimizer.lr=1e-5", lambda recipe: recipe.train[1].optimizer.lr == 1e-5),
+        ("train.0.num_workers=[1, 4]", lambda recipe: recipe.train[0].num_workers == (1, 4)),
+        ("average.inputs.1.weight=2", lambda recipe: recipe.average.inputs[1].weight == 2.0),
+        ("average.inputs=[{phase: post}]", lambda recipe: len(recipe.average.inputs) == 1),
+        ("ray.num_cpus=2", lambda recipe: recipe.ray.num_cpus == 2),
+        ("model.base=a=b", lambda recipe: recipe.model.base == "a=b"),
+        ("average=null", lambda recipe: recipe.average is None),
+        ("model.colbert.query_marker='[質問]'", lambda recipe: recipe.model.colbert.query_marker == "[質問]"),
+    ],
+)
+def test_an_override_sets_one_value(tmp_path: Path, override: str, found: Any) -> None:
+    path = written(tmp_path)
+    assert not found(load_recipe(path))
+    assert found(load_recipe(path, [override]))
+
+
+def test_later_overrides_win_and_earlier_ones_stay(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path), ["train.0.steps=7", "train.0.seed=1", "train.0.steps=9"])
+    assert (recipe.train[0].steps, recipe.train[0].seed) == (9, 1)
+
+
+@pytest.mark.parametrize("override", ["train.9.steps=1", "train.x.steps=1", "name.x=1", "train.0.steps.x=1"])
+def test_an_override_of_a_place_that_is_not_there_is_refused(tmp_path: Path, override: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"--set {key}: the recipe has no such place"):
+        load_recipe(written(tmp_path), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.0.steps", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("name=[", "--set name: the value is not YAML"),
+        ("train.0.stpes=3", r"unknown key 'train\.0\.stpes'; allowed here"),
+    ],
+)
+def test_an_override_that_makes_no_sense_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(written(tmp_path), [override])
+
+
+def test_an_override_inside_a_repeated_anchor_changes_one_place_only(tmp_path: Path) -> None:
+    tree = {key: value for key, value in TREE.items() if key not in ("train", "average")}
+    text = (
+        yaml.safe_dump(tree)
+        + """
+train:
+  - &phase
+    name: pre
+    data: [mined]
+    nway: 4
+    steps: 20
+    optimizer: {lr: 1.0e-4}
+  - <<: *phase
+    name: post
+"""
+    )
+    recipe = load_recipe(written(tmp_path, text), ["train.1.optimizer.lr=2e-4"])
+    assert [phase.optimizer.lr for phase in recipe.train] == [1e-4, 2e-4]
+
+
+def test_relative_directories_become_absolute_and_addresses_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    recipe = load_recipe(written(tmp_path), ["data.root=samples"])
+    assert recipe.storage.root == str(tmp_path / "store")
+    assert recipe.data.root == str(tmp_path / "samples")
+    assert recipe.storage.cache_dir == str(tmp_path / "home/.cache/raycolbert")
+    addresses = ["storage.root=s3://bucket/store", "data.root=s3://bucket/data"]
+    recipe = load_recipe(written(tmp_path), addresses)
+    assert (recipe.storage.root, recipe.data.root) == ("s3://bucket/store", "s3://bucket/data")
+
+
+def test_a_fingerprint_is_of_the_content_whatever_its_order_and_form() -> None:
+    assert fingerprint({"a": 1, "b": [2, None]}) == fingerprint({"b": [2, None], "a": 1})
+    assert fingerprint({"a": [1, 2]}) != fingerprint({"a": [2, 1]})
+    assert fingerprint("a", "b") != fingerprint("ab")
+    recipe: Recipe = parse_recipe(TREE)
+    phase = recipe.train[0]
+    assert fingerprint(phase) == fingerprint(phase.model_dump(mode="json"))
+    assert fingerprint(phase) != fingerprint(recipe.train[1])
+
+
+def test_a_fingerprint_is_the_same_in_every_process_and_for_ever() -> None:
+    code = (
+        "from cluster.config import fingerprint; print(fingerprint({'b': [1, 2.5, None], 'a': '日本'}, 'x'))"
+    )
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == "cc256cca4c94066e"
