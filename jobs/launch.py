@@ -62,6 +62,9 @@ def launch(
         debug: show tracebacks of typed errors.
         extras: options of this job alone; None and False mean "not given".
     """
+    # The jobs show their own progress; a loading bar for every model and actor would bury it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     given = {name: value for name, value in extras.items() if value not in (None, False)}
     try:
         recipe = load_recipe(recipe_path, overrides)
