@@ -13,7 +13,7 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from cluster.artifacts import ArtifactRef, phase_ref, training_phase, tuples_ref
+from cluster.artifacts import ArtifactRef, phase_fingerprint, phase_ref, training_phase, tuples_ref
 from cluster.checkpoints import RunCheckpoints
 from cluster.config import Recipe, TrainPhase, fingerprint
 from cluster.models import resolve_model
@@ -25,7 +25,7 @@ from cluster.training_loop import PhaseJob, run_worker
 from colbert_core import errors
 from colbert_core.errors import DataError, TrainingError
 
-MOST_READING_TASKS = 8
+MOST_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def train_phase(
         data=data,
         index=index,
         data_fingerprint=digest,
-        reading_tasks=_reading_tasks(config),
+        readers=_readers(config),
     )
     registry.manifest(job.init)
     checkpoints = RunCheckpoints(registry.store, run)
@@ -95,6 +95,7 @@ def train_phase(
         ) as lease,
         ProgressDisplay(registry.store, checkpoints.prefix, f"train {phase}"),
     ):
+        _check_resume(job, checkpoints)
         outcome = _fit(job, registry)
         if lease.lost:
             raise TrainingError(f"{run}: another process took this run over while this one did not answer")
@@ -107,6 +108,17 @@ def train_phase(
         records=read_log(registry.store, checkpoints.prefix),
         saves={name: float(str(counters[name])) for name in ("saves", "blocked_s", "upload_s")},
     )
+
+
+def _check_resume(job: PhaseJob, checkpoints: RunCheckpoints) -> None:
+    """Is what is to be continued this phase's own work?"""
+    saved = checkpoints.latest()
+    expected = phase_fingerprint(job.recipe, job.phase)
+    if saved is not None and saved.fingerprint != expected:
+        raise TrainingError(
+            f"{checkpoints.prefix}: step {saved.step} was saved by another configuration "
+            f"({saved.fingerprint}, this one is {expected})"
+        )
 
 
 def _fit(job: PhaseJob, registry: Registry) -> dict[str, Any]:
@@ -173,11 +185,11 @@ def _resources(phase: TrainPhase) -> dict[str, float]:
     return resources
 
 
-def _reading_tasks(phase: TrainPhase) -> int:
-    """Tasks that read for one worker: the CPUs that training leaves, shared; at least one."""
+def _readers(phase: TrainPhase) -> int:
+    """Processes that read for one worker: the CPUs that training leaves, shared; at least one."""
     most = phase.num_workers if isinstance(phase.num_workers, int) else phase.num_workers[1]
     spare = ray.cluster_resources().get("CPU", 0.0) - most * phase.cpus_per_worker
-    return min(MOST_READING_TASKS, max(1, int(spare // most)))
+    return min(MOST_READERS, max(1, int(spare // most)))
 
 
 def _reason(error: TrainingFailedError) -> str:

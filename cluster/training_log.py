@@ -150,7 +150,8 @@ def read_log(store: ObjectStore, prefix: str) -> list[StepRecord]:
         prefix: ``runs/<run>/``.
     """
     records: dict[int, StepRecord] = {}
-    for item in store.list(f"{prefix}log/"):
+    # What a restarted run wrote later about a step counts.
+    for item in sorted(store.list(f"{prefix}log/"), key=lambda each: each.modified):
         for line in store.get(item.key).decode("utf-8").splitlines():
             record = StepRecord.model_validate_json(line)
             records[record.step] = record

@@ -58,7 +58,7 @@ class PhaseJob:
         data: the training sets, in order.
         index: where their tuples are.
         data_fingerprint: digest of their content.
-        reading_tasks: Ray Data tasks that read for one worker.
+        readers: Ray Data processes that read and tokenise for one worker.
     """
 
     recipe: Recipe
@@ -68,7 +68,7 @@ class PhaseJob:
     data: tuple[ArtifactRef, ...]
     index: TupleIndex
     data_fingerprint: str
-    reading_tasks: int
+    readers: int
 
     @property
     def schedule(self) -> UnitSchedule:
@@ -163,7 +163,7 @@ class TrainingLoop:
             workers=self._workers,
             start=self._engine.step,
             stop=self._phase.steps,
-            tasks=self._job.reading_tasks,
+            readers=self._job.readers,
         )
         try:
             failure = self._steps(stream)
@@ -283,12 +283,6 @@ class TrainingLoop:
         if manifest is None:
             return
         saved = SavedStep.model_validate(manifest)
-        expected = phase_fingerprint(self._job.recipe, self._phase)
-        if saved.fingerprint != expected:
-            raise TrainingError(
-                f"{self._checkpoints.prefix}: step {saved.step} was saved by another configuration "
-                f"({saved.fingerprint}, this one is {expected})"
-            )
         with tempfile.TemporaryDirectory(prefix="raycolbert-resume-") as folder:
             self._checkpoints.download(saved, Path(folder))
             self._engine.load(folder)

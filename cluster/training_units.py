@@ -1,4 +1,4 @@
-"""Tokenised units: what a training worker is fed, made by Ray Data tasks on any node.
+"""Tokenised units: what a training worker is fed, made by Ray Data readers on any node.
 
 Documents that several queries of a unit share are tokenised, sent and later encoded once: the scores
 and the gradient are the same, at a fraction of the compute.
@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,9 @@ from cluster.streams import TrainingTuple, TupleIndex, UnitSchedule, UnitSlot
 from colbert_core.errors import RaycolbertError
 from colbert_core.text import TextProcessor, TokenBatch, TruncationCount
 
-# Units of one Ray Data execution: bounds what lies finished in the object store ahead of the worker.
-SEGMENT_UNITS = 64
+# Units of one Ray Data execution: the list of its tasks is made up front. Starting the next one costs
+# some seconds, once in this many units. What is read ahead is bounded by Ray Data's own back-pressure.
+SEGMENT_UNITS = 4096
 # Tuples that one task reads and tokenises, at least: a task costs some 10 ms of scheduling.
 TASK_TUPLES = 64
 
@@ -75,7 +75,7 @@ def tokenise_unit(slot: UnitSlot, tuples: Sequence[TrainingTuple], text: TextPro
 
 @dataclass(frozen=True)
 class UnitSource:
-    """All that a reading task needs; lies in the object store once, and is kept by each process."""
+    """All that a reader needs; lies in the object store once, and is unpacked once by each reader."""
 
     index: TupleIndex
     text: TextProcessor
@@ -96,7 +96,7 @@ class UnitStream:
         workers: how many share each step.
         start: first step to yield: a resumed run starts where its checkpoint was made.
         stop: one past the last step.
-        tasks: reading tasks at a time, for this worker.
+        readers: processes that read and tokenise for this worker.
 
     Attributes:
         wait_s: seconds that the consumer waited for data in the last step.
@@ -111,12 +111,12 @@ class UnitStream:
         workers: int,
         start: int,
         stop: int,
-        tasks: int = 1,
+        readers: int = 1,
     ) -> None:
         self._schedule = schedule
         self._rank, self._workers = rank, workers
         self._start, self._stop = start, stop
-        self._tasks = tasks
+        self._readers = readers
         self._source = ray.put(source)
         self.wait_s = 0.0
 
@@ -185,36 +185,31 @@ class UnitStream:
         dataset = ray.data.from_items(
             [asdict(slot) for slot in slots], override_num_blocks=-(-len(slots) // per_task)
         ).map_batches(
-            partial(read_units, source=self._source),
+            UnitReader,
+            fn_constructor_args=(self._source,),
             batch_size=None,
             batch_format="pyarrow",
-            # Claiming no CPU, the tasks start also where the training workers hold every one, and
-            # cannot wait for each other; how many run is bounded by their number.
+            # Claiming no CPU, readers start also where the training workers hold every one, and the
+            # two cannot wait for each other; how many run is bounded by their number.
             num_cpus=0,
-            compute=ray.data.TaskPoolStrategy(size=self._tasks),
+            compute=ray.data.ActorPoolStrategy(size=self._readers),
         )
         for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
             yield unpack_unit(batch)
 
 
-def read_units(slots: pa.Table, source: ray.ObjectRef[UnitSource]) -> pa.Table:
-    """The Ray Data task: rows of unit slots in, rows of packed units out."""
-    loaded = _kept_source(source)
-    return pa.concat_tables(
-        [pack_unit(loaded.unit(UnitSlot(**row))) for row in slots.to_pylist()]
-    ).combine_chunks()
+class UnitReader:
+    """The Ray Data actor: rows of unit slots in, rows of packed units out.
 
+    It keeps tokenizer, open files and footers between tasks.
+    """
 
-_SOURCES: dict[str, UnitSource] = {}
+    def __init__(self, source: ray.ObjectRef[UnitSource]) -> None:
+        self._source = ray.get(source)
 
-
-def _kept_source(source: ray.ObjectRef[UnitSource]) -> UnitSource:
-    """The source, unpacked once a process: a tokenizer with a large vocabulary takes long."""
-    key = source.hex()
-    if key not in _SOURCES:
-        _SOURCES.clear()
-        _SOURCES[key] = ray.get(source)
-    return _SOURCES[key]
+    def __call__(self, slots: pa.Table) -> pa.Table:
+        units = [pack_unit(self._source.unit(UnitSlot(**row))) for row in slots.to_pylist()]
+        return pa.concat_tables(units).combine_chunks()
 
 
 def pack_unit(unit: TokenisedUnit) -> pa.Table:

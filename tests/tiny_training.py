@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.artifacts import ArtifactRef, tuples_ref
-from cluster.config import Recipe, parse_recipe
+from cluster.config import Recipe, StorageConfig, parse_recipe
 from cluster.models import ensure_base
 from cluster.registry import Registry
 from cluster.streams import TupleWriter
@@ -24,8 +26,17 @@ TUPLES = 50
 NWAY = 4
 
 
-def training_recipe(root: Path, **phase: Any) -> Recipe:
-    """One phase ``p`` over one tuple set ``t``; storage and base model lie below ``root``."""
+def training_recipe(
+    root: Path, *, base: str | None = None, storage: StorageConfig | None = None, **phase: Any
+) -> Recipe:
+    """One phase ``p`` over one tuple set ``t``.
+
+    Args:
+        root: storage and cache lie below it.
+        storage: another storage.
+        base: the base model's directory; default: below ``root``. Versions depend on its path.
+        phase: settings of the phase.
+    """
     settings: dict[str, Any] = {
         "name": "p",
         "data": ["t"],
@@ -44,10 +55,14 @@ def training_recipe(root: Path, **phase: Any) -> Recipe:
     return parse_recipe(
         {
             "name": "r",
-            "storage": {"root": str(root / "store"), "cache_dir": str(root / "cache")},
+            "storage": (
+                storage.model_dump(mode="json")
+                if storage
+                else {"root": str(root / "store"), "cache_dir": str(root / "cache")}
+            ),
             "model": {
                 "name": "m",
-                "base": str(root / "base"),
+                "base": base or str(root / "base"),
                 "colbert": {"dim": 16, "query_length": 8, "document_length": 24},
             },
             "data": {"tuples": {"t": {"read": {"format": "tuples", "tuples": "given.parquet"}}}},
@@ -74,13 +89,13 @@ def publish_inputs(
         rows = tuple_rows()
         if change is not None:
             change(rows)
-        folder = Path(recipe.storage.root).parent / "tuples"
-        folder.mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="raycolbert-test-tuples-"))
         for part in range(2):
             with TupleWriter(folder / f"part-{part}.parquet", ids=True) as writer:
                 for row in rows[part * 30 : (part + 1) * 30]:
                     writer.write(row)
         registry.publish(ref, folder)
+        shutil.rmtree(folder)
     return registry
 
 

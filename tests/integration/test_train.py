@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +154,7 @@ def kill_a_worker() -> None:
 
 
 def test_a_killed_worker_changes_nothing(undisturbed: Finished, tmp_path: Path) -> None:
-    recipe = training_recipe(tmp_path, **PHASE)
-    shutil.copytree(undisturbed.recipe.model.base, recipe.model.base)
+    recipe = training_recipe(tmp_path, base=undisturbed.recipe.model.base, **PHASE)
     registry = publish_inputs(recipe)
     checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
     with When(lambda: checkpoints.steps() != [], kill_a_worker) as killer:
@@ -206,8 +204,7 @@ def test_malformed_tuples_stop_the_run_at_once(undisturbed: Finished, tmp_path: 
     def damage(rows: list[dict[str, Any]]) -> None:
         rows[41]["scores"][2] = float("nan")
 
-    recipe = training_recipe(tmp_path, num_workers=2)
-    shutil.copytree(undisturbed.recipe.model.base, recipe.model.base)
+    recipe = training_recipe(tmp_path, base=undisturbed.recipe.model.base, num_workers=2)
     registry = publish_inputs(recipe, change=damage)
     with pytest.raises(DataError, match=r"part-1.parquet: row 12 \(query q41\): score 2 is nan"):
         train_phase(recipe, "p", registry)
@@ -223,8 +220,9 @@ def test_a_loss_that_is_no_number_names_its_tuples_and_keeps_the_last_state(
         # The square of this margin is no fp32 number any more.
         rows[bad.first]["scores"][0] = 3e38
 
-    recipe = training_recipe(tmp_path, num_workers=2, loss={"margin_mse": 0.1})
-    shutil.copytree(undisturbed.recipe.model.base, recipe.model.base)
+    recipe = training_recipe(
+        tmp_path, base=undisturbed.recipe.model.base, num_workers=2, loss={"margin_mse": 0.1}
+    )
     registry = publish_inputs(recipe, change=damage)
     with pytest.raises(TrainingError, match=rf"step 6: the loss is inf over the tuples .*q{bad.first}\b"):
         train_phase(recipe, "p", registry)

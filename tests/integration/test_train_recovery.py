@@ -1,0 +1,138 @@
+"""A killed driver, a second run under the same name, another number of workers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.checkpoints import RunCheckpoints
+from cluster.config import Recipe
+from cluster.registry import Registry
+from cluster.trainer import PhaseResult, run_name, train_phase
+from colbert_core.errors import TrainingError
+from tests.tiny_training import furthest, publish_inputs, published_weights, training_recipe
+
+STEPS = 160
+# Four units a step: with two workers they are summed in another order than with one.
+PHASE: dict[str, Any] = {
+    "steps": STEPS,
+    "queries_per_step": 16,
+    "checkpoint": {"every_steps": 40, "keep_last": 4},
+}
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+import ray
+from cluster.registry import Registry
+from cluster.trainer import train_phase
+from tests.tiny_training import training_recipe
+
+root, base, address, phase = sys.argv[1:]
+ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+recipe = training_recipe(Path(root), base=base, **json.loads(phase))
+train_phase(recipe, "p", Registry.open(recipe.storage), heartbeat_s=0.5)
+"""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="WARNING",
+    )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@dataclass
+class Finished:
+    recipe: Recipe
+    registry: Registry
+    result: PhaseResult
+
+
+@pytest.fixture(scope="module")
+def undisturbed(address: str, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    recipe = training_recipe(tmp_path_factory.mktemp("undisturbed"), **PHASE)
+    registry = publish_inputs(recipe)
+    return Finished(recipe, registry, train_phase(recipe, "p", registry))
+
+
+def fresh(undisturbed: Finished, root: Path, **more: Any) -> tuple[Recipe, Registry]:
+    """The same phase in a storage of its own."""
+    recipe = training_recipe(root, base=undisturbed.recipe.model.base, **{**PHASE, **more})
+    return recipe, publish_inputs(recipe)
+
+
+def test_a_killed_driver_is_continued_by_name_and_no_second_run_is_let_in(
+    undisturbed: Finished, address: str, tmp_path: Path
+) -> None:
+    recipe, registry = fresh(undisturbed, tmp_path)
+    checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
+    arguments = [str(tmp_path), recipe.model.base, address, json.dumps(PHASE)]
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments])
+    try:
+        lease = f"{checkpoints.prefix}lease.json"
+        while not registry.store.exists(lease):
+            assert driver.poll() is None
+            time.sleep(0.1)
+        with pytest.raises(TrainingError, match=rf"in use by process {driver.pid} on "):
+            train_phase(recipe, "p", registry, stale_s=5.0)
+        while not checkpoints.steps():
+            assert driver.poll() is None
+            time.sleep(0.05)
+    finally:
+        driver.kill()
+        driver.wait()
+    reached = checkpoints.steps()[-1]
+    assert not registry.exists(undisturbed.result.ref)
+    result = train_phase(recipe, "p", registry, heartbeat_s=0.5, stale_s=3.0)
+    assert reached < STEPS
+    assert not registry.store.exists(lease)
+    expected = undisturbed.result.records
+    assert [record.step for record in result.records] == list(range(1, STEPS + 1))
+    assert [record.loss for record in result.records] == [record.loss for record in expected]
+    found = published_weights(registry, result.ref)
+    assert furthest(found, published_weights(undisturbed.registry, undisturbed.result.ref)) == 0.0
+
+
+def test_two_workers_continue_what_one_began(undisturbed: Finished, tmp_path: Path) -> None:
+    recipe, registry = fresh(undisturbed, tmp_path, num_workers=2, zero_stage=2)
+    name = run_name(recipe, "p")
+    assert name == run_name(undisturbed.recipe, "p")
+    state = Path(undisturbed.recipe.storage.root) / "runs" / name / "step-00000080"
+    shutil.copytree(state, Path(recipe.storage.root) / "runs" / name / "step-00000080")
+    result = train_phase(recipe, "p", registry)
+    assert [(record.step, record.workers) for record in result.records] == [
+        (step, 2) for step in range(81, STEPS + 1)
+    ]
+    found = published_weights(registry, result.ref)
+    wanted = published_weights(undisturbed.registry, undisturbed.result.ref)
+    names = [key for key in found if "key.bias" not in key]
+    # A key bias has no gradient but rounding, which the optimiser scales up; it changes no output.
+    assert 0.0 < furthest({k: found[k] for k in names}, {k: wanted[k] for k in names}) <= 1e-5
+
+
+def test_another_configuration_does_not_resume_a_run(undisturbed: Finished, tmp_path: Path) -> None:
+    recipe, registry = fresh(undisturbed, tmp_path, seed=1)
+    old = Path(undisturbed.recipe.storage.root) / "runs" / run_name(undisturbed.recipe, "p")
+    new = Path(recipe.storage.root) / "runs" / run_name(recipe, "p")
+    assert old.name != new.name
+    shutil.copytree(old / "step-00000080", new / "step-00000080")
+    with pytest.raises(TrainingError, match="saved by another configuration"):
+        train_phase(recipe, "p", registry)
