@@ -30,7 +30,7 @@ from serving.shards import shard_paths
 logger = logging.getLogger("ray.serve")
 
 # While a new version is loading, its state is asked for this often.
-PENDING_POLL_S = 0.25
+PENDING_POLL_S = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +112,7 @@ class VersionKeeper:
         self._candidate: ServedVersion | None = None
         self._retired: dict[str, tuple[ServedVersion, float]] = {}
         self._problem: str | None = None
+        self._first = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def served(self, version: str | None = None) -> ServedVersion:
@@ -133,9 +134,8 @@ class VersionKeeper:
     async def start(self, patience_s: float) -> None:
         """Begins to follow the alias; returns when a first version is ready, or when patience ends."""
         self._task = asyncio.create_task(self._follow())
-        until = monotonic() + patience_s
-        while self._current is None and monotonic() < until:
-            await asyncio.sleep(PENDING_POLL_S)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._first.wait(), patience_s)
 
     def close(self) -> None:
         """Stops following the alias."""
@@ -230,6 +230,7 @@ class VersionKeeper:
         self._retired.pop(version, None)
         self._current, self._candidate = self._candidate, None
         self._metrics.version.labels(self._current.ref.name, version).set(1)
+        self._first.set()
         logger.info("index version: now %s", self._current.ref)
 
     def _wanted(self) -> list[str]:

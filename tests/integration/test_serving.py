@@ -36,6 +36,7 @@ from tests.tiny_models import WORDS
 KEY = "key-of-the-serving-tests"
 DEADLINE_MS = 1500
 GRACE_S = 3.0
+VOCABULARY = WORDS.split()
 QUERIES = ["the cat and the dog", "a fast train to tokyo", "blue music", "search the index"]
 
 
@@ -44,7 +45,9 @@ def corpus(version: str) -> list[Document]:
     return [
         Document(
             id=f"{version}-{number:02d}",
-            text=" ".join(WORDS[(number * 7 + step * (1 + number % 5)) % len(WORDS)] for step in range(6)),
+            text=" ".join(
+                VOCABULARY[(number * 7 + step * (1 + number % 5)) % len(VOCABULARY)] for step in range(6)
+            ),
             title=f"title {number}" if number % 2 else None,
             topic=("animals", "travel", "music")[number % 3],
         )

@@ -36,13 +36,16 @@ Answer = TypeVar("Answer")
 MODEL = ArtifactRef("models", "tiny", "one")
 INDEX = ArtifactRef("indexes", "news", "v1")
 SHARDS = 5
+VOCABULARY = WORDS.split()
 QUERIES = ["the cat and the dog", "a fast train to tokyo", "blue music", "search the index"]
 TIGHT = SearchConfig(probes=1, candidates=9, rerank=4)
 
 DOCUMENTS = [
     Document(
         id=f"d{number:03d}",
-        text=" ".join(WORDS[(number * 7 + step * (1 + number % 5)) % len(WORDS)] for step in range(6)),
+        text=" ".join(
+            VOCABULARY[(number * 7 + step * (1 + number % 5)) % len(VOCABULARY)] for step in range(6)
+        ),
         title=f"title {number}" if number % 2 else None,
         topic=("animals", "travel", "music")[number % 3],
     )
