@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cluster.artifacts import base_ref, index_ref
-from cluster.config import Recipe
+from cluster.config import Recipe, StorageConfig
 from cluster.index_corpus import BuildArea
 from cluster.manifest import Manifest
 from cluster.models import ensure_base, load_model_ref
@@ -30,6 +30,7 @@ from colbert_core.index import open_index
 from colbert_core.maxsim import maxsim_ragged
 from jobs import index
 from tests.fragile_worker import FragileWorker
+from tests.s3_server import S3Server
 from tests.tiny_data import data_recipe, write_source
 from tests.tiny_models import WORDS, tiny_bert_dir
 
@@ -63,7 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(root: Path, store: Path, source: str = "many", **settings: Any) -> Recipe:
+def recipe(root: Path, store: Path | StorageConfig, source: str = "many", **settings: Any) -> Recipe:
     section = {
         "name": "i",
         "model": "base",
@@ -72,9 +73,10 @@ def recipe(root: Path, store: Path, source: str = "many", **settings: Any) -> Re
         "codec": {"centroids": 256, "sample_tokens": 15_000},
         "cpus_per_worker": 0.5,
     }
+    storage = {"root": str(store)} if isinstance(store, Path) else store.model_dump(mode="json")
     return data_recipe(
         root,
-        storage={"root": str(store), "cache_dir": str(root / "cache")},
+        storage=storage | {"cache_dir": str(root / "cache")},
         model={
             "name": "tiny",
             "base": str(root / "bert"),
@@ -202,14 +204,15 @@ def test_typed_errors_come_through(root: Path) -> None:
         index.run(recipe(root, root / "errors", model="nobody@production"))
 
 
-def test_few_documents_and_a_moved_alias(root: Path) -> None:
-    """An index of fewer vectors than centroids, with an empty shard; then its alias moves on."""
+def test_few_documents_and_a_moved_alias(root: Path, s3_server: S3Server) -> None:
+    """An index on S3 of fewer vectors than centroids, with an empty shard; then its alias moves on."""
     add_source(root, "few", corpus(3))
-    given = recipe(root, root / "aliased", "few")
+    storage = s3_server.storage()
+    given = recipe(root, storage, "few")
     registry = Registry.open(given.storage)
     first = ensure_base(given, registry)
     registry.promote(first, "production")
-    aliased = recipe(root, root / "aliased", "few", model="tiny@production", codec={"centroids": 4096})
+    aliased = recipe(root, storage, "few", model="tiny@production", codec={"centroids": 4096})
     report = index.run(aliased)
     assert report.metrics["centroids"] == report.metrics["tokens"] < 100
     assert any("4096 centroids" in warning for warning in report.warnings)
