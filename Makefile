@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: install  ## text to a served, trained retriever, on this machine
-	$(BIN)/python -m jobs.quickstart
+	$(BIN)/raycolbert pipeline recipes/quickstart.yaml --report quickstart
 
 test: install  ## all tests
 	$(BIN)/python -m pytest
