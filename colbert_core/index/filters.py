@@ -52,7 +52,8 @@ def _matches(shard: Shard, condition: pc.Expression) -> NDArray[np.bool_]:
         column = scanner.to_table()["match"]
     except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
         columns = ", ".join(metadata.column_names)
-        raise SearchError(f"filter {condition}: {error}; the columns are: {columns}") from None
+        reason = str(error).splitlines()[0]
+        raise SearchError(f"filter {condition}: {reason}; the columns are: {columns}") from None
     if not pa.types.is_boolean(column.type):
         raise SearchError(f"filter {condition}: its value is of type {column.type}, not true or false")
     return pc.fill_null(column, False).to_numpy().astype(np.bool_)

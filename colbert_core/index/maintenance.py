@@ -151,7 +151,8 @@ def measure_drift(shards: Sequence[Shard]) -> Drift:
     if tokens == 0:
         return Drift(0, 1.0, 0.0)
     mean = float(counts @ codec.residual_factors.astype(np.float64)) / tokens
-    return Drift(tokens, mean / codec.training["residual_factor"], float(counts[-1]) / tokens)
+    trained = max(codec.training["residual_factor"], float(np.finfo(np.float32).tiny))
+    return Drift(tokens, mean / trained, float(counts[-1]) / tokens)
 
 
 class _Change:

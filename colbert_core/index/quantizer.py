@@ -9,8 +9,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 # Steps of the uniform quantiser with the least mean squared error for a normal variable of variance 1
-# (Max, "Quantizing for minimum distortion", 1960; 8 bits by the same computation).
-STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308}
+# (Max, "Quantizing for minimum distortion", 1960). With 8 bits the step is such that the largest
+# component just fits: that is finer for most vectors, and clips none.
+STEP = {2: 0.9957, 4: 0.3352, 8: 0.0}
 
 
 def unpack_levels(residuals: NDArray[np.uint8], bits: int, width: int) -> NDArray[np.int8]:
@@ -30,12 +31,11 @@ def factor_tables(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The 256 values each that a vector's two scale bytes choose from.
 
-    Lengths are spaced evenly, residual factors by equal ratios, over what the sample asks for.
+    Both are spaced evenly over what the sample asks for and a little more; residual factors begin at 0,
+    for the vectors that are centroids.
     """
-    low, high = np.quantile(lengths, (0.0005, 0.9995))
-    length_table = np.linspace(max(low * 0.98, 1e-6), max(high * 1.02, 2e-6), 256)
-    low, high = np.quantile(residual_factors, (0.0005, 0.9995))
-    factor_table = np.geomspace(max(low * 0.9, 1e-9), max(high * 1.1, 2e-9), 256)
+    length_table = np.linspace(max(lengths.min() * 0.98, 1e-6), max(lengths.max() * 1.02, 2e-6), 256)
+    factor_table = np.linspace(0, max(residual_factors.max() * 1.1, 1e-9), 256)
     return length_table.astype(np.float32), factor_table.astype(np.float32)
 
 
@@ -58,7 +58,7 @@ def fit_levels(rotated, nearest, centroids, centroid_scale, step, bits, levels, 
         rotated: float32 ``[n, width]``.
         nearest: uint32 ``[n]``, the centroid of each.
         centroids: int8 ``[K, width]``, in units of ``centroid_scale``.
-        step: the grid's step for residuals of variance 1.
+        step: the grid's step for residuals of variance 1; not used with 8 bits.
         bits: 2, 4 or 8.
         levels: int8 ``[n, width]``, written: odd numbers within ±(2^bits − 1) for 2 and 4 bits; whole
             numbers within ±127 for 8.
@@ -79,6 +79,10 @@ def fit_levels(rotated, nearest, centroids, centroid_scale, step, bits, levels, 
         size = step * norms[i] / np.sqrt(np.float32(width))
         inverse = np.float32(1) / size if size > 0 else np.float32(0)
         if bits == 8:
+            largest = np.float32(0)
+            for k in range(width):
+                largest = max(largest, abs(residual[k]))
+            inverse = np.float32(127) / largest if largest > 0 else np.float32(0)
             for k in range(width):
                 value = np.rint(residual[k] * inverse)
                 levels[i, k] = np.int8(np.int32(min(max(value, np.float32(-127)), np.float32(127))))

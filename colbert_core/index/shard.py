@@ -212,16 +212,18 @@ class Shard:
     @property
     def id_array(self) -> pa.LargeStringArray:
         """All ids, ascending, as an Arrow view of the mapped file."""
-        buffers = [None, pa.py_buffer(self._id_offsets), pa.py_buffer(self._ids)]
-        return pa.LargeStringArray.from_buffers(pa.large_string(), len(self), buffers)
+        offsets, text = pa.py_buffer(self._id_offsets), pa.py_buffer(self._ids)
+        return pa.LargeStringArray.from_buffers(len(self), offsets, text)
 
     def find(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """Document numbers ``[n]`` of external ids; −1 where the shard holds none, deleted or not."""
-        if len(ids) > 64 and len(ids) * 32 > len(self):
-            known = pa.array(ids, pa.large_string())
-            at = pc.index_in(known, value_set=self.id_array).fill_null(-1)
+        names = [name.encode("utf-8", "surrogatepass") for name in ids]
+        if len(names) > 64 and len(names) * 32 > len(self):
+            # One hash table of all ids costs less than so many binary searches.
+            there = self.id_array.cast(pa.large_binary())
+            at = pc.index_in(pa.array(names, pa.large_binary()), value_set=there).fill_null(-1)
             return at.to_numpy(zero_copy_only=False).astype(np.int64)
-        return np.array([self._find(name.encode("utf-8", "surrogatepass")) for name in ids], dtype=np.int64)
+        return np.array([self._find(name) for name in names], dtype=np.int64)
 
     def _find(self, name: bytes) -> int:
         low, high = 0, len(self)

@@ -1,0 +1,263 @@
+"""Additions, deletions and compaction: nothing rewritten, nothing half done, compaction equal to a build."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from colbert_core.config import SearchConfig
+from colbert_core.errors import DataError, DimensionError, IndexFormatError, NonFiniteError
+from colbert_core.index import (
+    Codec,
+    add_documents,
+    compact_index,
+    delete_documents,
+    maintenance,
+    measure_drift,
+    open_index,
+    write_shard,
+)
+from tests.clustered_vectors import Corpus, build, make_corpus, make_queries, train_codec, unit
+
+CORPUS = make_corpus(300)
+BUILT, ADDED = CORPUS.part(range(200)), CORPUS.part(range(200, 300))
+QUERIES = make_queries(CORPUS, 40)
+SETTINGS = SearchConfig(probes=4, candidates=80, rerank=30)
+CODEC = train_codec(BUILT)
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """All files below a directory."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def add(directory: Path, part: Corpus, **options: bool) -> int:
+    return add_documents(directory, part.ids, part.vectors, part.lengths, part.metadata, **options)
+
+
+def ids_of(directory: Path) -> set[str]:
+    searcher = open_index(directory, verify="full")
+    found = {hit.id for hit in searcher.search_exact(QUERIES[:1], 10_000)[0]}
+    assert len(found) == len(searcher)
+    searcher.close()
+    return found
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return build(tmp_path / "i", CODEC, BUILT, 2)
+
+
+def test_deleted_documents_are_gone_and_nothing_is_rewritten(directory: Path) -> None:
+    before = tree(directory)
+    assert delete_documents(directory, [*BUILT.ids[:30], "unknown", BUILT.ids[0]]) == 30
+    assert ids_of(directory) == set(BUILT.ids[30:])
+    assert delete_documents(directory, BUILT.ids[20:50]) == 20
+    assert ids_of(directory) == set(BUILT.ids[50:])
+    after = tree(directory)
+    assert {name: after[name] for name in before} == before
+    assert [name for name in after if name.startswith("generations")] == [
+        "generations/00001.json",
+        "generations/00002.json",
+    ]
+    # A change that changes nothing leaves nothing.
+    assert delete_documents(directory, BUILT.ids[:50]) == 0
+    assert tree(directory) == after
+
+
+def test_added_documents_are_found_as_if_built_in(directory: Path, tmp_path: Path) -> None:
+    before = tree(directory)
+    assert add(directory, ADDED) == 0
+    searcher = open_index(directory)
+    whole = open_index(build(tmp_path / "whole", CODEC, CORPUS))
+    assert searcher.search(QUERIES, 10, SETTINGS) == whole.search(QUERIES, 10, SETTINGS)
+    assert {name: tree(directory)[name] for name in before} == before
+
+
+def test_an_update_is_a_deletion_and_an_addition(directory: Path) -> None:
+    """The content of forty documents is replaced by that of others; ten of the ids are new."""
+    ids = [*BUILT.ids[:40], *(f"new-{i}" for i in range(10))]
+    part = ADDED.part(range(50))
+    changed = Corpus(ids, part.vectors, part.lengths, part.metadata)
+    with pytest.raises(DataError, match=r"has a document .* already"):
+        add(directory, changed)
+    assert "generations" not in {path.name for path in directory.iterdir()}
+    assert add(directory, changed, replace=True) == 40
+    assert ids_of(directory) == {*BUILT.ids, *ids}
+    searcher = open_index(directory)
+    query = part.vectors[: part.lengths[0]]
+    assert searcher.search([query], 1)[0][0].id == ids[0]
+    assert searcher.records(ids[:1])[ids[0]]["number"] == part.metadata["number"][0].as_py()
+    # Deleted, then added again.
+    delete_documents(directory, ids[:1])
+    assert ids[0] not in ids_of(directory)
+    add(directory, changed.part([0]))
+    assert open_index(directory).search([query], 1)[0][0].id == ids[0]
+
+
+def test_unfit_additions_change_nothing(directory: Path) -> None:
+    before = tree(directory)
+    part = ADDED.part([0, 1])
+    cases = [
+        (DataError, ["a", "a"], part.vectors, part.lengths, part.metadata),
+        (DataError, ["a", "b"], part.vectors, part.lengths, None),
+        (DataError, ["a", "b"], part.vectors, part.lengths, part.metadata.select(["number"])),
+        (DimensionError, ["a", "b"], part.vectors[:, :16], part.lengths, part.metadata),
+        (NonFiniteError, ["a", "b"], part.vectors * np.float32(np.inf), part.lengths, part.metadata),
+    ]
+    for error, *arguments in cases:
+        with pytest.raises(error):
+            add_documents(directory, *arguments)  # type: ignore[arg-type]
+    assert tree(directory) == before
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, None])
+def test_compaction_is_a_fresh_build(directory: Path, tmp_path: Path, shards: int | None) -> None:
+    add(directory, ADDED)
+    delete_documents(directory, [*BUILT.ids[:30], *ADDED.ids[:10]])
+    add(directory, ADDED.part([3]))
+    add(directory, BUILT.part(range(5)))
+    before = tree(directory)
+    compact_index(directory, tmp_path / "compact", shards)
+    live = [*range(5), *range(30, 200), 203, *range(210, 300)]
+    fresh = build(tmp_path / "fresh", CODEC, CORPUS.part(live), shards or 2)
+    assert tree(tmp_path / "compact") == tree(fresh)
+    assert tree(directory) == before
+    old, new = open_index(directory), open_index(tmp_path / "compact")
+    assert old.search(QUERIES, 20, SETTINGS) == new.search(QUERIES, 20, SETTINGS)
+    with pytest.raises(DataError, match="exists"):
+        compact_index(directory, tmp_path / "compact")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compact", "fresh", "i"]
+
+
+def test_a_change_on_a_stale_view_fails_and_leaves_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between reading and committing of one change, another one commits."""
+    commit = maintenance._Change.commit
+
+    def overtaken(change: maintenance._Change, *added: object) -> None:
+        monkeypatch.setattr(maintenance._Change, "commit", commit)
+        delete_documents(directory, BUILT.ids[5:10])
+        commit(change, *added)  # type: ignore[arg-type]
+
+    for attempt in (lambda: add(directory, ADDED), lambda: delete_documents(directory, BUILT.ids[:5])):
+        shutil.rmtree(directory / "generations", ignore_errors=True)
+        shutil.rmtree(directory / "tombstones", ignore_errors=True)
+        monkeypatch.setattr(maintenance._Change, "commit", overtaken)
+        with pytest.raises(IndexFormatError, match="changed at the same time"):
+            attempt()
+        assert ids_of(directory) == {*BUILT.ids[:5], *BUILT.ids[10:]}
+        assert list((directory / "deltas").glob("*")) == []
+        assert len(list((directory / "tombstones").iterdir())) == 1
+
+
+def test_damaged_generations_and_tombstones_are_refused(directory: Path) -> None:
+    delete_documents(directory, BUILT.ids[:30])
+    rng = np.random.default_rng(0)
+    for path in [*(directory / "generations").iterdir(), *(directory / "tombstones").glob("*/*")]:
+        data = path.read_bytes()
+        for place in rng.integers(0, len(data), 25):
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            for content in (bytes(damaged), data[:place]):
+                if content.split() == data.split():  # space between JSON tokens
+                    continue
+                path.write_bytes(content)
+                with pytest.raises(IndexFormatError):
+                    open_index(directory)
+        path.unlink()
+        if path.parent.name != "generations":
+            with pytest.raises(IndexFormatError):
+                open_index(directory)
+        path.write_bytes(data)
+    open_index(directory).close()
+
+
+def test_an_index_of_another_codec_is_refused(directory: Path) -> None:
+    delete_documents(directory, BUILT.ids[:1])
+    train_codec(BUILT, seed=5).save(directory / "codec")
+    with pytest.raises(IndexFormatError, match="codec"):
+        open_index(directory)
+    with pytest.raises(IndexFormatError, match="codec"):
+        delete_documents(directory, BUILT.ids[1:2])
+
+
+def test_drift_shows_how_well_the_codec_fits(directory: Path) -> None:
+    fitting = measure_drift(open_index(directory).shards)
+    assert fitting.tokens == BUILT.lengths.sum()
+    assert fitting.mean_residual == pytest.approx(1, abs=0.01)
+    assert fitting.beyond < 0.001
+    rng = np.random.default_rng(0)
+    strange = Corpus(
+        [f"s{i}" for i in range(100)],
+        unit(rng.standard_normal((1000, 32))),
+        np.full(100, 10),
+        ADDED.metadata,
+    )
+    add(directory, strange)
+    *_, delta = open_index(directory).shards
+    drifted = measure_drift([delta])
+    norms = CODEC.encode(strange.vectors).residual_norms
+    assert norms is not None
+    assert drifted.mean_residual == pytest.approx(norms.mean() / CODEC.training["residual_norm"], rel=0.05)
+    assert drifted.mean_residual > 1.2
+    assert fitting.mean_residual < measure_drift(open_index(directory).shards).mean_residual
+
+
+CHANGER = """
+import sys, numpy as np
+from pathlib import Path
+from colbert_core.index import add_documents, compact_index, delete_documents, open_index
+directory = Path(sys.argv[1])
+rng = np.random.default_rng()
+ids = [f"d{i}" for i in range(40)]
+print("ready", flush=True)
+while True:
+    vectors = rng.standard_normal((80, 32)).astype("f4")
+    add_documents(directory, ids, vectors, [2] * 40, replace=True)
+    delete_documents(directory, ids[::2])
+    compact_index(directory, directory.parent / f"compact-{rng.integers(1 << 62)}")
+"""
+
+
+def test_a_killed_change_leaves_the_index_whole(tmp_path: Path) -> None:
+    """Adds, deletes and compacts in another process until that is killed, at a random moment."""
+    codec = train_codec(BUILT)
+    directory = tmp_path / "i"
+    codec.save(directory / "codec")
+    write_shard(directory / "shards" / "00000", codec, BUILT.ids, BUILT.vectors, BUILT.lengths)
+    moments = random.Random(os.getpid())
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", CHANGER, str(directory)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3 + moments.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        found = ids_of(directory) - set(BUILT.ids)
+        assert found in (set(), {f"d{i}" for i in range(40)}, {f"d{i}" for i in range(1, 40, 2)})
+    assert len(list((directory / "generations").glob("*.json"))) > 0
+    for compacted in tmp_path.glob("compact-*"):
+        assert set(BUILT.ids) <= ids_of(compacted)
+
+
+def test_codecs_of_changed_indexes_are_the_same(directory: Path) -> None:
+    add(directory, ADDED)
+    assert Codec.load(directory / "codec").sha256 == CODEC.sha256
