@@ -50,7 +50,7 @@ def run(recipe: Recipe, block: bool = True) -> Report:
         with report.timed("deploy"), ray_session(recipe):
             _announce(recipe, deploy(recipe), report)
         return report
-    with report.timed("total"), suppress(KeyboardInterrupt), _sigterm_interrupts():
+    with report.timed("total"), suppress(KeyboardInterrupt), ray_session(recipe), _sigterm_interrupts():
         with serving_session(recipe) as url:
             _announce(recipe, url, report)
             console.print("serving; Ctrl-C stops it")
@@ -96,7 +96,10 @@ def _announce(recipe: Recipe, url: str, report: Report) -> None:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Makes SIGTERM, which ``ray job stop`` and process managers send, end the block as Ctrl-C does."""
+    """Makes SIGTERM, which ``ray job stop`` and process managers send, end the block as Ctrl-C does.
+
+    To be entered when Ray is up: ``ray.init`` installs a handler of its own, which aborts the process.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -108,7 +111,8 @@ def _sigterm_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # A handler that is not Python's, as Ray's, cannot be put back.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 if __name__ == "__main__":

@@ -131,10 +131,12 @@ def undeploy(*, stop_serve: bool) -> None:
 
     Args:
         stop_serve: also stop Serve itself, and with it every other application on this Ray.
+
+    What is not there is passed over.
     """
-    if stop_serve:
+    if stop_serve and serve_runs():
         serve.shutdown()
-    else:
+    elif deployed():
         serve.delete(APP_NAME)
 
 

@@ -1,34 +1,38 @@
-"""The service on a real local Ray: one session for the whole file, a two-shard index in a local store."""
+"""`raycolbert serve` on a real local Ray: one service for the whole file, two shards in a local store."""
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pyarrow.compute as pc
 import pytest
 import ray
 import torch
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.artifacts import ArtifactRef
 from cluster.config import Recipe, StorageConfig, parse_recipe
-from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from colbert_core.config import SearchConfig
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ArtifactNotFound, ConfigError
 from colbert_core.index import Searcher, open_index
 from colbert_core.maxsim import maxsim_ragged
-from jobs.serve import serving_session
 from serving.app import deploy
 from tests.tiny_index import Document, publish_tiny_index, publish_tiny_model
 from tests.tiny_models import WORDS
@@ -36,6 +40,8 @@ from tests.tiny_models import WORDS
 KEY = "key-of-the-serving-tests"
 DEADLINE_MS = 1500
 GRACE_S = 3.0
+START_SECONDS = 240
+STOP_SECONDS = 60
 VOCABULARY = WORDS.split()
 QUERIES = ["the cat and the dog", "a fast train to tokyo", "blue music", "search the index"]
 
@@ -64,6 +70,7 @@ class Service:
     registry: Registry
     model: ColBERT
     client: httpx.Client
+    process: subprocess.Popen[bytes]
 
     def post(self, route: str = "/v1/search", **body: Any) -> httpx.Response:
         return self.client.post(f"{self.url}{route}", json=body)
@@ -130,12 +137,36 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             },
         }
     )
-    os.environ["RAYCOLBERT_TEST_KEYS"] = f"another-key,{KEY}"
-    with ray_session(recipe), serving_session(recipe) as url:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    environment = {**os.environ, "RAYCOLBERT_TEST_KEYS": f"another-key,{KEY}", "COLUMNS": "200"}
+    output = folder / "serve.log"
+    with output.open("wb") as log:
+        process = subprocess.Popen(
+            [Path(sys.executable).parent / "raycolbert", "serve", "recipe.yaml"],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    started: list[psutil.Process] = []
+    try:
+        end = time.monotonic() + START_SECONDS
+        while (found := re.search(r"served at (http://[\d.:]+)", output.read_text())) is None:
+            assert process.poll() is None and time.monotonic() < end, output.read_text()
+            time.sleep(0.1)
+        started = psutil.Process(process.pid).children(recursive=True)
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(headers=headers, timeout=60.0) as client:
-            yield Service(url, recipe, registry, model, client)
-    del os.environ["RAYCOLBERT_TEST_KEYS"]
+            yield Service(found[1], recipe, registry, model, client, process)
+        process.terminate()
+        assert process.wait(STOP_SECONDS) == 0, output.read_text()
+        assert "time: total" in output.read_text(), "the job ends with its report"
+        assert not psutil.wait_procs(started, STOP_SECONDS)[1], "no process of the service is left"
+    finally:
+        for left in [*started, *([] if process.poll() is not None else [psutil.Process(process.pid)])]:
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.wait(STOP_SECONDS)
 
 
 def vectors_of(service: Service, texts: list[str]) -> list[Any]:
@@ -293,13 +324,12 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_that_answers(service: Se
 
 
 def test_a_killed_group_is_named_or_fails_the_request_and_comes_back(service: Service) -> None:
-    names = [
-        actor["name"]
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["namespace"] == "serve" and "shards-1#" in actor["name"]
+    (replica,) = [
+        child
+        for child in psutil.Process(service.process.pid).children(recursive=True)
+        if "ServeReplica:raycolbert:shards-1" in " ".join(child.cmdline())
     ]
-    assert len(names) == 1
-    ray.kill(ray.get_actor(names[0], namespace="serve"), no_restart=True)
+    replica.kill()
     begin = time.monotonic()
     partial = service.post(query="cat", k=60 - 10, allow_partial=True)
     assert partial.status_code == 200, partial.text
@@ -330,7 +360,11 @@ def test_metrics_tell_what_the_tests_above_did(service: Service) -> None:
     assert service.metric("raycolbert_group_seconds_count", group="shards-0") > 20
 
 
-def test_what_cannot_be_served_is_refused_before_anything_starts(service: Service) -> None:
+def test_what_cannot_be_served_is_refused_before_anything_starts(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAYCOLBERT_TEST_KEYS", raising=False)
+
     def changed(**section: Any) -> Recipe:
         assert service.recipe.serve is not None
         return service.recipe.model_copy(update={"serve": service.recipe.serve.model_copy(update=section)})
@@ -339,6 +373,7 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(service: Servic
         deploy(changed(index="news@staging"))
     with pytest.raises(ConfigError, match="only 2 shards"):
         deploy(changed(groups=3))
-    with pytest.raises(ConfigError, match="NO_SUCH_VARIABLE"):
-        deploy(changed(api_keys_env="NO_SUCH_VARIABLE"))
+    with pytest.raises(ConfigError, match="RAYCOLBERT_TEST_KEYS"):
+        deploy(service.recipe)
+    assert not ray.is_initialized()
     assert service.health().status_code == 200

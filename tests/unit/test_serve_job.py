@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -41,6 +41,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             happened.append("down")
 
     monkeypatch.setattr(serve, "serving_session", session)
+    monkeypatch.setattr(serve, "ray_session", lambda recipe: nullcontext())
     monkeypatch.setattr(serve, "WATCH_SECONDS", 0.05)
     return happened
 
