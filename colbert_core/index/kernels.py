@@ -10,7 +10,9 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-LANES = 32  # query tokens are padded to a multiple of this, so that inner loops have a fixed length
+from colbert_core.index.vector_ops import BYTES, raise_bytes
+
+LANES = BYTES  # query tokens are padded to a multiple of this, so that inner loops have a fixed length
 BLOCK = 32  # centroids per block of the block maxima
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
@@ -242,8 +244,7 @@ def interaction_keys(documents, offsets, codes, table, tie_breaks, keys):  # typ
                 best[lane] = 0
             for position in range(offsets[document], offsets[document + 1]):
                 row = min(np.int64(codes[position]), last)
-                for lane in range(LANES):
-                    best[lane] = max(best[lane], table[row, first + lane])
+                raise_bytes(best, table, row * table.shape[1] + first)  # type: ignore[call-arg]
             for lane in range(LANES):
                 total += best[lane]
         keys[n] = (total << 32) | np.int64(tie_breaks[document])
