@@ -51,6 +51,7 @@ SCHEMA_VERSION = 1
 TENSORS_FILE = "codec.safetensors"
 DESCRIPTION_FILE = "codec.json"
 CHUNK = 16_384  # vectors encoded at a time
+FITTED = 200_000  # vectors of the sample that the scales are fitted to, about
 MAX_DIM = 1024  # integer products of int8 rows this long are exact as float32, too
 WIDTH_MULTIPLE = 16  # rotated vectors are padded to whole SIMD lanes
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -162,13 +163,14 @@ class Codec:
             DimensionError: it is not a matrix.
             NonFiniteError: it holds a NaN or an infinity.
         """
-        sample = _checked(sample, None)
+        _check_shape(sample, None)
         if len(sample) == 0:
             raise DataError("the sample to train the codec from is empty")
-        rng = np.random.default_rng(config.seed)
-        rotation = _random_rotation(sample.shape[1], rng)
+        rotation = _random_rotation(sample.shape[1], np.random.default_rng(config.seed))
         rotated = np.empty((len(sample), rotation.shape[1]), dtype=np.float32)
-        rotate_rows(sample, rotation, rotated)
+        for start in range(0, len(sample), CHUNK):
+            part = slice(start, min(start + CHUNK, len(sample)))
+            rotate_rows(_finite(sample[part], start), rotation, rotated[part])
         wanted = config.centroids or default_centroids(total_tokens or len(sample))
         count = min(wanted, len(sample))
         notes = []
@@ -194,9 +196,10 @@ class Codec:
             np.ones(256, dtype=np.float32),
             {},
         )
-        nearest = codec.assigner.nearest(rotated)
-        levels, norms, factors = codec._fit(rotated, nearest)
-        lengths = codec._lengths(rotated, nearest, levels, factors)
+        fitted = np.ascontiguousarray(rotated[:: -(-len(rotated) // FITTED)])
+        nearest = codec.assigner.nearest(fitted)
+        levels, norms, factors = codec._fit(fitted, nearest)
+        lengths = codec._lengths(fitted, nearest, levels, factors)
         tables = factor_tables(lengths, factors)
         training = {
             "tokens": len(sample),
@@ -218,7 +221,7 @@ class Codec:
             DimensionError: the vectors have another dimension.
             NonFiniteError: a vector holds a NaN or an infinity; the message names the row.
         """
-        vectors = _checked(vectors, self.dim)
+        _check_shape(vectors, self.dim)
         n = len(vectors)
         nearest = np.empty(n, dtype=np.uint32)
         residuals = np.empty((n, self.residual_bytes), dtype=np.uint8)
@@ -226,7 +229,7 @@ class Codec:
         norms = np.empty(n, dtype=np.float32)
         for start in range(0, n, CHUNK):
             part = slice(start, min(start + CHUNK, n))
-            rotated = self.rotate(vectors[part])
+            rotated = self.rotate(_finite(vectors[part], start))
             nearest[part] = self.assigner.nearest(rotated)
             levels, norms[part], factors = self._fit(rotated, nearest[part])
             residuals[part] = pack_levels(levels, self.bits)
@@ -356,19 +359,26 @@ def _random_rotation(dim: int, rng: np.random.Generator) -> NDArray[np.float32]:
     return np.linalg.qr(rng.standard_normal((width, width)))[0][:dim].astype(np.float32)
 
 
-def _checked(vectors: NDArray[np.floating[Any]], dim: int | None) -> NDArray[np.float32]:
-    """Vectors as contiguous float32.
-
-    Raises:
-        DimensionError: not a matrix, or of another dimension than ``dim``.
-        NonFiniteError: a row holds a NaN or an infinity.
-    """
+def _check_shape(vectors: NDArray[np.floating[Any]], dim: int | None) -> None:
+    """Raises DimensionError for what is not a matrix, or one of another dimension than ``dim``."""
     if vectors.ndim != 2 or (dim is not None and vectors.shape[1] != dim):
         raise DimensionError(f"token vectors must be [n, {dim or 'dim'}], not {list(vectors.shape)}")
     if vectors.shape[1] > MAX_DIM:
         raise DimensionError(f"token vectors have {vectors.shape[1]} dimensions, more than {MAX_DIM}")
+
+
+def _finite(vectors: NDArray[np.floating[Any]], first: int) -> NDArray[np.float32]:
+    """Vectors as contiguous float32.
+
+    Args:
+        vectors: floating ``[n, dim]``.
+        first: number of the first one, for the message.
+
+    Raises:
+        NonFiniteError: one holds a NaN or an infinity.
+    """
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
-        raise NonFiniteError(f"token vector {int(np.argmin(finite))} holds a NaN or an infinity")
+        raise NonFiniteError(f"token vector {first + int(np.argmin(finite))} holds a NaN or an infinity")
     return vectors

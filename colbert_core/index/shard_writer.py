@@ -31,6 +31,7 @@ from colbert_core.index.shard import (
 from colbert_core.tensor_files import file_sha256
 
 METADATA_ROWS = 8192  # rows of a metadata batch
+COUNTED_TOKENS = 1 << 16
 
 
 def id_hash(name: str) -> int:
@@ -160,7 +161,9 @@ class ShardWriter:
         self._permuted("residuals", order, starts, offsets)
         scales = self._permuted("scales", order, starts, offsets)
         postings = self._write_postings(offsets, codes)
-        counts = np.bincount(scales[:, 1], minlength=256) if len(scales) else np.zeros(256, dtype=np.int64)
+        counts = np.zeros(256, dtype=np.int64)
+        for start in range(0, len(scales), COUNTED_TOKENS):
+            counts += np.bincount(scales[start : start + COUNTED_TOKENS, 1], minlength=256)
         if self._metadata is not None:
             self._write_metadata(order)
         del codes, scales

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,26 @@ def test_a_code_of_another_centroid_count_cannot_read_outside(tmp_path: Path) ->
         path.write_bytes(b"\xff" * len(data))
         use(Shard.open(shard.directory, CODEC, "fast"), make_queries(CORPUS, 2))
         path.write_bytes(data)
+
+
+def test_memory_does_not_grow_with_the_vectors(tmp_path: Path) -> None:
+    """Eight times the documents, of 100 tokens each: only ids and lengths may stay."""
+    vectors = np.resize(CORPUS.vectors, (5000, 32))
+
+    def peak(chunks: int) -> int:
+        tracemalloc.start()
+        with ShardWriter(tmp_path / str(chunks), CODEC) as writer:
+            for chunk in range(chunks):
+                writer.add([f"{chunk}-{i}" for i in range(50)], vectors, [100] * 50)
+            manifest = writer.finish()
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert manifest.documents == 50 * chunks
+        return highest
+
+    peak(1)
+    few, many = peak(5), peak(40)
+    assert (many - few) / (35 * 50) < 300  # bytes a document; its compressed vectors have 2000
 
 
 def test_the_number_type_of_codes_follows_the_centroids() -> None:
