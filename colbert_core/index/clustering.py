@@ -1,8 +1,8 @@
-"""Centroids: two-level FAISS k-means, then a few flat rounds.
+"""Centroids: two-level FAISS k-means, then a flat round.
 
 Flat k-means on n vectors costs n × K products an iteration. Clustering first into about √K cells and
-then inside each cell costs a small share of that and loses a little quality; flat rounds with int8
-products win it back.
+then inside each cell costs a small share of that and loses a little quality; a flat round with int8
+products wins it back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from colbert_core.index.kernels import quantize_rows
 
 FLAT_CENTROIDS = 256  # up to here one level is cheap enough
 POINTS_PER_CENTROID = 128  # vectors that k-means looks at, for each centroid it trains
-REFINEMENTS = 2
+REFINEMENTS = 1  # more of them fit the sample better and other vectors worse
 ROWS = 1024  # vectors × centroids of one integer product: its int32 result stays in the cache
 COLUMNS = 512
 
