@@ -192,5 +192,5 @@ def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
     content[50] ^= 1
     file.chmod(0o644)
     file.write_bytes(content)
-    with pytest.raises(IntegrityError, match="does not match its SHA-256"):
+    with pytest.raises(IntegrityError, match="do not match their SHA-256"):
         read_part(registry, ref, part_name(0))
