@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import faiss
 import numpy as np
+import torch
 from numba import njit
 from numpy.typing import NDArray
 
@@ -21,7 +22,7 @@ from colbert_core.index.kernels import quantize_rows
 
 FLAT_CENTROIDS = 256  # up to here one level is cheap enough
 POINTS_PER_CENTROID = 128  # vectors that k-means looks at, for each centroid it trains
-REFINEMENTS = 1  # more of them fit the sample better and other vectors worse
+REFINED = 1 << 16  # vectors of a step of the flat round
 ROWS = 1024  # vectors × centroids of one integer product: its int32 result stays in the cache
 COLUMNS = 512
 
@@ -44,13 +45,13 @@ def train_centroids(
         count: number of centroids.
         iterations: of each k-means.
         seed: the result is a function of this and the arguments above.
-        threads: bound on FAISS's threads.
+        threads: bound on the threads of FAISS and torch.
         progress: called with a stage and the share of it that is done.
 
     Returns:
         float32 ``[count, width]``: means of their clusters, not normalised.
     """
-    with faiss_threads(threads):
+    with bounded_threads(threads):
         if count <= FLAT_CENTROIDS:
             return _kmeans(sample, count, iterations, seed)
         cells = 1 << math.ceil(math.log2(math.sqrt(count)))
@@ -66,17 +67,15 @@ def train_centroids(
             parts.append(_kmeans(members, int(shares[cell]), iterations, seed + 1 + int(cell)))
             if progress is not None:
                 progress("clustering", float(bounds[cell + 1] / bounds[-1]))
-    centroids = np.concatenate(parts)
-    for round_number in range(REFINEMENTS):
+        centroids = np.concatenate(parts)
         nearest = np.empty(len(sample), dtype=np.uint32)
         assigner = Assigner(*quantize_grid(centroids))
-        for start in range(0, len(sample), 1 << 16):
-            nearest[start : start + (1 << 16)] = assigner.nearest(sample[start : start + (1 << 16)])
+        for start in range(0, len(sample), REFINED):
+            nearest[start : start + REFINED] = assigner.nearest(sample[start : start + REFINED])
             if progress is not None:
-                done = (round_number + min(1.0, (start + (1 << 16)) / len(sample))) / REFINEMENTS
-                progress("refining", done)
-        centroids = cluster_means(sample, nearest, centroids)
-    return centroids
+                progress("refining", min(1.0, (start + REFINED) / len(sample)))
+        # One round: more of them fit the sample better and other vectors worse.
+        return cluster_means(sample, nearest, centroids)
 
 
 class Assigner:
@@ -101,7 +100,7 @@ class Assigner:
         scales = np.empty(n, dtype=np.float32)
         quantize_rows(vectors, rounded, scales)
         units = np.float32(1 << 30) / np.maximum(
-            scales * self._reach + self.half_squares.max(), np.float32(1e-30)
+            scales * self._reach + self.half_squares.max(), np.float32(1e-12)
         )
         scales *= self.scale * units
         nearest = np.zeros(n, dtype=np.uint32)
@@ -146,14 +145,16 @@ def cluster_means(
 
 
 @contextmanager
-def faiss_threads(threads: int) -> Iterator[None]:
-    """Bounds FAISS's threads inside the block."""
-    before = faiss.omp_get_max_threads()
+def bounded_threads(threads: int) -> Iterator[None]:
+    """Bounds the threads of FAISS and torch inside the block."""
+    before = faiss.omp_get_max_threads(), torch.get_num_threads()
     faiss.omp_set_num_threads(threads)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
-        faiss.omp_set_num_threads(before)
+        faiss.omp_set_num_threads(before[0])
+        torch.set_num_threads(before[1])
 
 
 def _kmeans(vectors: NDArray[np.float32], count: int, iterations: int, seed: int) -> NDArray[np.float32]:

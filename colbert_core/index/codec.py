@@ -155,7 +155,7 @@ class Codec:
             sample: floating ``[n, dim]``, token vectors of the corpus.
             config: centroids, bits, iterations, seed.
             total_tokens: tokens of the whole corpus, for the default number of centroids; n if not given.
-            threads: bound on FAISS's threads; all cores if not given.
+            threads: bound on the threads of FAISS and torch; all cores if not given.
             progress: called with a stage and the share of it that is done.
 
         Raises:
