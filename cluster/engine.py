@@ -99,8 +99,8 @@ class TrainingEngine:
         """Wraps ``model``; parameters without ``requires_grad`` cost neither gradient nor state.
 
         Args:
-            model: in fp32; moved to the accelerator. All trainable parameters must take part in the
-                objective.
+            model: in fp32, with the same weights on every rank; moved to the accelerator. All trainable
+                parameters must take part in the objective.
             objective: loss of one unit.
             optimizer: which optimiser, and its settings.
             total_steps: length of the run, for learning-rate decay.
@@ -116,6 +116,12 @@ class TrainingEngine:
         self._config = optimizer
         self._total_steps = total_steps
         self._stage = zero_stage
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                # DeepSpeed overwrites parameters with rank 0's unless they are marked so. Frozen ones
+                # are equal already, and are left as what they are: pages of the weights' file, which
+                # the workers of a machine share.
+                setattr(parameter, "ds_optim_param", True)  # noqa: B010 - torch declares no such attribute
         groups = parameter_groups(model, optimizer.weight_decay)
         if not groups:
             raise ConfigError("no parameter is trainable: the phase's 'freeze' covers the whole model")

@@ -146,6 +146,9 @@ def _fit(job: PhaseJob, registry: Registry) -> dict[str, Any]:
             worker_runtime_env={
                 "env_vars": {
                     "OMP_NUM_THREADS": str(threads),
+                    # Batches differ in shape, and for each shape the CPU's kernels keep some 20 MB of
+                    # code and buffers: enough for the batch being run and the one before.
+                    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
                     "OMP_WAIT_POLICY": "PASSIVE",
                     "TOKENIZERS_PARALLELISM": "false",
                 }
