@@ -11,7 +11,6 @@ import tempfile
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,11 +27,12 @@ from torch import nn
 from cluster.artifacts import ArtifactRef, phase_fingerprint, phase_ref
 from cluster.checkpoints import BackgroundSave, RunCheckpoints, SavedStep
 from cluster.config import Recipe, TrainPhase
-from cluster.engine import StepOutcome, TrainingEngine
+from cluster.engine import TrainingEngine
 from cluster.models import load_model_ref
 from cluster.registry import Parent, Registry
 from cluster.storage import open_store
 from cluster.streams import TupleIndex, UnitSchedule
+from cluster.training_figures import StepFigures
 from cluster.training_log import RunLog, StepRecord
 from cluster.training_step import UnitObjective, UnitOutcome, UnitWork
 from cluster.training_units import TokenisedUnit, UnitSource, UnitStream
@@ -40,7 +40,6 @@ from colbert_core.encoder import ColBERT
 from colbert_core.errors import ConfigError, RaycolbertError, TrainingError, VersionExists
 from colbert_core.formats import save_model
 
-LOSS_TERMS = ("kl", "margin_mse", "contrastive")
 # ray.train.report makes all workers wait for the controller, which looks every 2 seconds.
 REPORT_S = 15.0
 RECENT_STEPS = 50
@@ -245,23 +244,25 @@ class TrainingLoop:
                     self._engine.backward(UnitWork(None, (), least), 0.0)
         return outcomes
 
-    def _gather(self, units: list[TokenisedUnit], outcomes: list[UnitOutcome], wait_s: float) -> _Figures:
+    def _gather(self, units: list[TokenisedUnit], outcomes: list[UnitOutcome], wait_s: float) -> StepFigures:
         """The figures of a step from all workers; rank 0's clock decides about saving and reporting."""
         minutes = self._phase.checkpoint.every_minutes
         now = time.monotonic()
         save_due = minutes is not None and now - self._last_save >= 60 * minutes
-        values = _Figures.of_worker(units, outcomes, wait_s)
-        values += [
-            float(self._save.uploaded),
-            float(self._rank == 0 and save_due),
-            float(self._rank == 0 and now - self._last_report >= REPORT_S),
-        ]
+        values = StepFigures.row(
+            units,
+            outcomes,
+            wait_s=wait_s,
+            uploaded=self._save.uploaded,
+            save_due=self._rank == 0 and save_due,
+            report_due=self._rank == 0 and now - self._last_report >= REPORT_S,
+        )
         mine = torch.tensor(values, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self._workers)]
         dist.all_gather(everyone, mine, group=self._control)
-        return _Figures(torch.stack(everyone).numpy())
+        return StepFigures(torch.stack(everyone).numpy())
 
-    def _after_step(self, record: StepRecord, figures: _Figures) -> None:
+    def _after_step(self, record: StepRecord, figures: StepFigures) -> None:
         """Saves, publishes and reports as due."""
         if self._saving and figures.all_uploaded:
             self._commit()
@@ -390,92 +391,3 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)
-
-
-class _Figures:
-    """A step's figures, one row a worker; :meth:`of_worker` says what the columns are."""
-
-    COLUMNS = (
-        "bad",
-        "wait",
-        "loss",
-        *LOSS_TERMS,
-        "tokens",
-        "padding",
-        "listed",
-        "encoded",
-        "truncated_documents",
-        "truncated_queries",
-        "dropped",
-        "uploaded",
-        "save_due",
-        "report_due",
-    )
-
-    def __init__(self, table: np.ndarray) -> None:
-        self._column: Callable[[str], np.ndarray] = lambda name: table[:, self.COLUMNS.index(name)]
-
-    @staticmethod
-    def of_worker(units: list[TokenisedUnit], outcomes: list[UnitOutcome], wait_s: float) -> list[float]:
-        """The first columns: all that a worker knows of its own units."""
-        both = list(zip(units, outcomes, strict=True))
-        cut = [unit.truncation for unit in units]
-        return [
-            float(any(outcome.non_finite for outcome in outcomes)),
-            wait_s,
-            sum(unit.slot.weight * outcome.loss for unit, outcome in both),
-            *(
-                sum(unit.slot.weight * outcome.parts.get(term, 0.0) for unit, outcome in both)
-                for term in LOSS_TERMS
-            ),
-            float(sum(outcome.tokens for outcome in outcomes)),
-            float(sum(outcome.padding for outcome in outcomes)),
-            float(sum(unit.document_of.size for unit in units)),
-            float(sum(len(unit.documents) for unit in units)),
-            float(sum(count.truncated_documents for count in cut)),
-            float(sum(count.truncated_queries for count in cut)),
-            float(sum(count.dropped_tokens + count.dropped_query_tokens for count in cut)),
-        ]
-
-    @property
-    def any_bad(self) -> bool:
-        return bool(self._column("bad").any())
-
-    @property
-    def all_uploaded(self) -> bool:
-        return bool(self._column("uploaded").all())
-
-    @property
-    def save_due(self) -> bool:
-        return bool(self._column("save_due").any())
-
-    @property
-    def report_due(self) -> bool:
-        return bool(self._column("report_due").any())
-
-    def record(self, update: StepOutcome, epoch: float, seconds: float, workers: int) -> StepRecord:
-        """The step's log record."""
-
-        def total(name: str) -> float:
-            return float(self._column(name).sum())
-
-        tokens, padding = total("tokens"), total("padding")
-        return StepRecord(
-            step=update.step,
-            epoch=epoch,
-            loss=total("loss"),
-            parts={term: total(term) for term in LOSS_TERMS if total(term)},
-            lr=update.lr,
-            gradient_norm=update.gradient_norm,
-            seconds=seconds,
-            data_wait_s=float(self._column("wait").max()),
-            tokens=int(tokens),
-            tokens_per_s=tokens / seconds,
-            padding_fraction=padding / max(1.0, tokens + padding),
-            documents_listed=int(total("listed")),
-            documents_encoded=int(total("encoded")),
-            truncated_documents=int(total("truncated_documents")),
-            truncated_queries=int(total("truncated_queries")),
-            dropped_tokens=int(total("dropped")),
-            workers=workers,
-        )

@@ -69,7 +69,11 @@ class TrainPhase(FrozenModel):
     )
     zero_stage: Literal[0, 1, 2, 3] = 1
     gradient_clipping: float = Field(0.0, ge=0, description="0 disables it, as the paper does")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False,
+        description="keep the activations of one encoder batch, not of a whole unit, "
+        "for one more forward pass",
+    )
     freeze: tuple[str, ...] = Field((), description="parameters whose name contains one of these stay fixed")
     token_budget: int = Field(16_384, ge=512, description="tokens of one encoder batch, padding included")
     num_workers: int | tuple[int, int] = Field(1, description="workers, or [fewest, most]: elastic")
