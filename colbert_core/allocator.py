@@ -8,8 +8,10 @@ them makes elementwise operations on large tensors two to three times faster (``
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Callable
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -28,8 +30,23 @@ def keep_freed_memory() -> bool:
     if os.environ.get("RAYCOLBERT_KEEP_MEMORY") == "0" or not sys.platform.startswith("linux"):
         return False
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # musl has neither
+    mallopt = _glibc("mallopt")
+    if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(M_TRIM_THRESHOLD, LARGEST_INT))
+
+
+def release_freed_memory() -> None:
+    """Returns to the system what this process keeps but does not use, at the end of a stage of work."""
+    gc.collect()
+    malloc_trim = _glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    try:
+        function: Callable[..., int] = getattr(ctypes.CDLL("libc.so.6"), name)
+    except (OSError, AttributeError):  # not glibc
+        return None
+    return function

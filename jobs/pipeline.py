@@ -23,6 +23,7 @@ from cluster.models import resolve_model
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.report import Report, memory_of_session_mb
+from colbert_core.allocator import release_freed_memory
 from colbert_core.errors import RaycolbertError
 from jobs import average, evaluate, index, mine_negatives, score_teacher, train
 from jobs.html_report import write_report
@@ -54,6 +55,7 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
             console.rule(f"[bold]{name}")
             with whole.timed(name):
                 stage: Report = job.run(recipe)
+            release_freed_memory()  # the next stage's worker processes need it
             stage.print(console)
             _merge(whole, name, stage)
         if recipe.index is not None:
