@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import ArtifactRef, index_ref, scorer_identity
 from cluster.config import Recipe, System, fingerprint
+from cluster.mining import stable_hash
 from cluster.models import ensure_base, load_model_ref, resolve_model
 from cluster.registry import Registry
 from cluster.scorers import Ensemble, Scorer, build_scorer
@@ -38,21 +40,38 @@ class Evaluator:
         registry: where models and indexes are found.
         source_name: data source to evaluate on; it is loaded when it is first needed.
         depth: documents kept per query.
+        max_queries: only a sample of the labelled queries, chosen by the recipe's seed; default: all.
     """
 
-    def __init__(self, recipe: Recipe, registry: Registry, source_name: str, depth: int = DEPTH) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        registry: Registry,
+        source_name: str,
+        depth: int = DEPTH,
+        max_queries: int | None = None,
+    ) -> None:
         self.recipe = recipe
         self.registry = registry
         self.source_name = source_name
         self.depth = depth
+        self.max_queries = max_queries
         self._source: LabelledSource | None = None
         self._scorers: dict[str, Scorer] = {}
 
     @property
     def source(self) -> LabelledSource:
         if self._source is None:
-            self._source = load_source(self.recipe, self.source_name)
+            self._source = self._sampled(load_source(self.recipe, self.source_name))
         return self._source
+
+    def _sampled(self, source: LabelledSource) -> LabelledSource:
+        if self.max_queries is None or self.max_queries >= len(source.labelled_queries):
+            return source
+        # Which queries these are depends on their ids alone, not on their order.
+        ids = sorted(source.labelled_queries, key=lambda query: stable_hash(query, self.recipe.seed))
+        kept = set(ids[: self.max_queries])
+        return replace(source, qrels={query: source.qrels[query] for query in source.qrels if query in kept})
 
     def key(self, system: System) -> str:
         """Where the system's results are kept in storage, without a closing slash."""
@@ -70,6 +89,14 @@ class Evaluator:
     def model_values(self, ref: ArtifactRef, metrics: Sequence[str]) -> tuple[Values, bool]:
         """The same for a published model, searched exactly."""
         return self._cached(_model_identity(ref), metrics, lambda: self._run_model(ref))
+
+    def knows(self, system: System, metrics: Sequence[str]) -> bool:
+        """Would :meth:`values` answer without any work?"""
+        return self.registry.store.exists(_values_key(self.key(system), metrics))
+
+    def knows_model(self, ref: ArtifactRef, metrics: Sequence[str]) -> bool:
+        """Would :meth:`model_values` answer without any work?"""
+        return self.registry.store.exists(_values_key(self._key(_model_identity(ref)), metrics))
 
     def run(self, system: System) -> Run:
         """The ``depth`` best documents of every labelled query: query id to document id to score."""
@@ -127,7 +154,7 @@ class Evaluator:
 
     def _cached(self, identity: Any, metrics: Sequence[str], run: Any) -> tuple[Values, bool]:
         store, key = self.registry.store, self._key(identity)
-        values_key = f"{key}/values-{fingerprint(sorted(metrics))}.json"
+        values_key = _values_key(key, metrics)
         if store.exists(values_key):
             return json.loads(store.get(values_key)), True
         with tempfile.TemporaryDirectory(prefix="raycolbert-run-") as folder:
@@ -170,7 +197,8 @@ class Evaluator:
 
     def _key(self, identity: Any) -> str:
         source = self.recipe.data.sources[self.source_name].model_dump(mode="json")
-        digest = fingerprint(identity, source, self.recipe.data.root, self.depth)
+        sample = [] if self.max_queries is None else [self.max_queries, self.recipe.seed]
+        digest = fingerprint(identity, source, self.recipe.data.root, self.depth, *sample)
         return f"evaluations/{self.recipe.name}/{digest}"
 
 
@@ -195,3 +223,7 @@ def mean(values: Mapping[str, float]) -> float:
 
 def _model_identity(ref: ArtifactRef) -> list[Any]:
     return ["model", str(ref)]
+
+
+def _values_key(key: str, metrics: Sequence[str]) -> str:
+    return f"{key}/values-{fingerprint(sorted(metrics))}.json"

@@ -169,14 +169,14 @@ class ProgressDisplay:
     """
 
     def __init__(self, store: ObjectStore, prefix: str, title: str, console: Console | None = None) -> None:
-        self._store, self._key = store, f"{prefix}progress.json"
+        self._store, self._prefix = store, prefix
         self._title = title
         self._console = console or Console(file=sys.stderr)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
 
     def __enter__(self) -> ProgressDisplay:
-        self._store.delete(self._key)
+        self._store.delete(f"{self._prefix}progress.json")
         self._thread.start()
         return self
 
@@ -203,34 +203,37 @@ class ProgressDisplay:
         with Progress(*columns, console=self._console) as progress:
             task = progress.add_task(self._title, total=None, figures="starting workers")
             while not self._stop.wait(POLL_S):
-                if (latest := self._read()) is not None:
+                if (latest := read_progress(self._store, self._prefix)) is not None:
                     progress.update(
                         task,
                         total=latest["steps"],
                         completed=latest["step"],
-                        figures=_figures(latest),
+                        figures=figures_of(latest),
                     )
 
     def _print_lines(self) -> None:
         shown, printed = -1, float("-inf")
         while not self._stop.wait(POLL_S):
-            latest = self._read()
+            latest = read_progress(self._store, self._prefix)
             if latest is None or latest["step"] == shown or time.monotonic() - printed < PRINT_S:
                 continue
             shown, printed = latest["step"], time.monotonic()
-            figures = _figures(latest)
+            figures = figures_of(latest)
             self._console.print(
                 f"{self._title}: step {shown} of {latest['steps']}  {figures}", highlight=False
             )
 
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads(self._store.get(self._key)))
-        except (ObjectNotFound, StorageError, ValueError):
-            return None
+
+def read_progress(store: ObjectStore, prefix: str) -> dict[str, Any] | None:
+    """The latest step of the run under ``prefix`` that is shown, with ``steps``; None if there is none."""
+    try:
+        return dict(json.loads(store.get(f"{prefix}progress.json")))
+    except (ObjectNotFound, StorageError, ValueError):
+        return None
 
 
-def _figures(latest: dict[str, Any]) -> str:
+def figures_of(latest: dict[str, Any]) -> str:
+    """The figures of :func:`read_progress` that a progress line has room for."""
     if "loss" not in latest:
         return ""
     return (

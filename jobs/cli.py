@@ -60,6 +60,19 @@ def train(
     launch("train", recipe, overrides or (), address=address, as_json=as_json, debug=debug, phase=phase)
 
 
+@app.command("ablate")
+def ablate(
+    recipe: RecipePath,
+    report: Annotated[Path | None, typer.Option(help="folder for report.json; default: none")] = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train the variants of a recipe from several seeds and compare them; finished trials are kept."""
+    launch("ablate", recipe, overrides or (), address=address, as_json=as_json, debug=debug, report=report)
+
+
 @app.command("average")
 def average(
     recipe: RecipePath,

@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> Report:
     details: dict[str, Any] = {"scores": {}, "intervals": {}, "queries": {}, "runs": {}}
     console = Console(stderr=True)
     for source in config.sources:
-        evaluator = Evaluator(recipe, registry, source, config.depth)
+        evaluator = Evaluator(recipe, registry, source, config.depth, config.max_queries)
         values = _evaluated(evaluator, config, report, details["runs"].setdefault(source, {}))
         details["queries"][source] = len(next(iter(next(iter(values.values())).values())))
         details["scores"][source] = {

@@ -4,6 +4,7 @@ A recipe is a frozen tree of typed models. Unknown keys, wrong types and impossi
 refused when it is loaded, with the dotted key and the allowed values (:class:`ConfigError`).
 """
 
+from cluster.config.ablation import AblateConfig
 from cluster.config.base import Name, fingerprint
 from cluster.config.data import (
     BiEncoderScorer,
@@ -36,6 +37,7 @@ from cluster.config.training import (
 )
 
 __all__ = [
+    "AblateConfig",
     "AverageConfig",
     "AverageInput",
     "BiEncoderScorer",

@@ -22,3 +22,19 @@ def fingerprint(*parts: Any) -> str:
 
     text = json.dumps([plain(part) for part in parts], sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets ``tree``'s value at a dotted key, in place; list items are addressed by number.
+
+    Raises:
+        KeyError: there is no such place.
+    """
+    node: Any = tree
+    *parents, last = key.split(".")
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise KeyError(key) from None

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
+from cluster.config.base import assign
 from cluster.config.recipe import Recipe
 from colbert_core.config import FrozenModel
 from colbert_core.errors import ConfigError
@@ -132,14 +133,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: the value is not YAML: {error}") from None
-    node: Any = tree
-    *parents, last = key.split(".")
     try:
-        for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        if isinstance(node, list):
-            node[int(last)] = value
-        else:
-            node[last] = value
-    except (ValueError, IndexError, TypeError, AttributeError):
+        assign(tree, key, value)
+    except KeyError:
         raise ConfigError(f"--set {key}: the recipe has no such place") from None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from cluster.config.base import Name
+from cluster.config.ablation import AblateConfig, Overrides
+from cluster.config.base import Name, assign
 from cluster.config.data import DataConfig, Scorer
 from cluster.config.retrieval import EvaluateConfig, IndexConfig, ServeConfig
 from cluster.config.session import RayConfig, StorageConfig
@@ -31,6 +32,7 @@ class Recipe(FrozenModel):
     index: IndexConfig | None = None
     evaluate: EvaluateConfig | None = None
     serve: ServeConfig | None = None
+    ablate: AblateConfig | None = None
 
     @model_validator(mode="after")
     def _references_exist(self) -> Recipe:
@@ -114,3 +116,47 @@ class Recipe(FrozenModel):
                     f"{published} (checkpoint.publish_every_steps)"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _variants_are_recipes(self) -> Recipe:
+        if self.ablate is None:
+            return self
+        if self.evaluate is None or not self.train:
+            raise ValueError("ablate: needs 'train', what is varied, and 'evaluate', what it is judged by")
+        for name, overrides in self.ablate.variants().items():
+            try:
+                trial = self.trial(overrides, self.ablate.seeds[0])
+            except ValidationError as error:
+                reasons = "; ".join(
+                    ": ".join(filter(None, (".".join(map(str, detail["loc"])), detail["msg"])))
+                    for detail in error.errors()
+                ).replace("Value error, ", "")
+                raise ValueError(f"ablate: variant {name!r}: {reasons}") from None
+            except KeyError as error:
+                raise ValueError(f"ablate: variant {name!r}: the recipe has no place {error}") from None
+            allowed = ["averaged"] if trial.average else []
+            allowed += [phase.name for phase in trial.train]
+            if self.ablate.model is not None and self.ablate.model not in allowed:
+                raise ValueError(
+                    f"ablate.model: variant {name!r} has no model {self.ablate.model!r}; "
+                    f"it has: {', '.join(allowed)}"
+                )
+        return self
+
+    def trial(self, overrides: Overrides, seed: int) -> Recipe:
+        """This recipe as one trial of an ablation runs it: overridden, and with one seed for all phases.
+
+        Args:
+            overrides: dotted key to value.
+            seed: takes the place of every ``train.*.seed``.
+
+        Raises:
+            ValidationError: the result is no recipe.
+            KeyError: a key leads nowhere.
+        """
+        tree: dict[str, Any] = self.model_dump(mode="json", exclude={"ablate", "index", "serve"})
+        for key, value in overrides.items():
+            assign(tree, key, value)
+        for phase in tree["train"]:
+            phase["seed"] = seed
+        return Recipe.model_validate(tree)

@@ -51,6 +51,9 @@ class EvaluateConfig(FrozenModel):
     baseline: Name | None = Field(None, description="system that the paired intervals compare with")
     depth: int = Field(100, ge=1, description="documents kept per query in the run files")
     gate: Gate | None = None
+    max_queries: int | None = Field(
+        None, ge=1, description="a seeded sample of each source's labelled questions; default: all"
+    )
 
 
 class ServeConfig(FrozenModel):

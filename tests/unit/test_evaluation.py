@@ -153,3 +153,21 @@ def test_impossible_evaluations_are_refused(root: Path, tmp_path: Path) -> None:
     other_source = IndexConfig(name="i", model="base", sources=("other",))
     with pytest.raises(ConfigError, match="does not hold source 'words'; it holds other"):
         evaluate.run(given.model_copy(update={"index": other_source}))
+
+
+def test_a_sample_of_the_questions_depends_on_their_ids_alone(root: Path, tmp_path: Path) -> None:
+    given = recipe(root, tmp_path, sources=["words"], max_queries=7)
+    report = evaluate.run(given)
+    assert report.details["queries"] == {"words": 7}
+    registry = Registry.open(given.storage)
+    few, more = (Evaluator(given, registry, "words", max_queries=count) for count in (7, 12))
+    chosen = list(few.source.labelled_queries)
+    assert set(chosen) < set(more.source.labelled_queries)
+    assert chosen != list(more.source.labelled_queries)[:7], "the first of the file are no sample"
+    system = System.model_validate(SYSTEMS["words"])
+    whole = Evaluator(given, registry, "words").values(system, METRICS)[0]["R@1"]
+    sampled = few.values(system, METRICS)[0]["R@1"]
+    assert sampled == {query: whole[query] for query in chosen}
+    assert report.metrics["words/words/R@1"] == pytest.approx(mean(sampled))
+    # All of them is no sample, whatever the number says.
+    assert len(Evaluator(given, registry, "words", max_queries=999).source.labelled_queries) == len(whole)
