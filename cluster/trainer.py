@@ -146,9 +146,6 @@ def _fit(job: PhaseJob, registry: Registry) -> dict[str, Any]:
             worker_runtime_env={
                 "env_vars": {
                     "OMP_NUM_THREADS": str(threads),
-                    # Batches differ in shape, and for each shape the CPU's kernels keep some 20 MB of
-                    # code and buffers: enough for the batch being run and the one before.
-                    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
                     # Forward and backward run on different threads. With a heap for each, what one
                     # frees the other cannot use, and a process holds both their peaks in fragments.
                     "MALLOC_ARENA_MAX": "1",

@@ -1,8 +1,11 @@
-"""Keep freed memory, in huge pages: on a CPU, page faults cost more than large elementwise work.
+"""What a process keeps of the memory it has used: freed blocks, in huge pages, but few compiled kernels.
 
 Every step of training and encoding allocates and frees activations of tens of megabytes. glibc serves
 such blocks by ``mmap`` and returns them at once, so each step faults all its pages in again. Keeping
 them makes elementwise operations on large tensors two to three times faster (``docs/experiments.md``).
+
+oneDNN, torch's CPU kernels, compiles a kernel for each shape of a matrix product and keeps 1,024 of them
+with their buffers, some 12 MB each. Ragged batches rarely meet a shape again: gigabytes of no use.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ from collections.abc import Callable
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_INT = 2**31 - 1
+# Enough for the layers of one batch, forward and backward, which do share their shapes.
+COMPILED_KERNELS = "24"
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep freed blocks and torch ask for huge pages, for this whole process.
+    """Makes glibc keep freed blocks, torch ask for huge pages and oneDNN keep few kernels, in this process.
 
-    Runs when :mod:`colbert_core` is imported, since torch reads its setting at its first allocation.
+    Runs when :mod:`colbert_core` is imported, since torch and oneDNN read their settings at first use.
     The process then stays at its peak size; ``RAYCOLBERT_KEEP_MEMORY=0`` turns it off.
 
     Returns:
@@ -30,6 +35,7 @@ def keep_freed_memory() -> bool:
     if os.environ.get("RAYCOLBERT_KEEP_MEMORY") == "0" or not sys.platform.startswith("linux"):
         return False
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", COMPILED_KERNELS)
     mallopt = _glibc("mallopt")
     if mallopt is None:
         return False
