@@ -23,6 +23,7 @@ from cluster.streams import TupleIndex
 from cluster.training_log import ProgressDisplay, StepRecord, read_log
 from cluster.training_loop import PhaseJob, run_worker
 from colbert_core import errors
+from colbert_core.allocator import release_freed_memory
 from colbert_core.errors import DataError, TrainingError
 
 MOST_READERS = 8
@@ -125,7 +126,6 @@ def _fit(job: PhaseJob, registry: Registry) -> dict[str, Any]:
     """Runs Ray Train; the return value of rank 0's training function."""
     phase = job.phase
     filesystem, base = registry.store.arrow()
-    threads = phase.threads_per_worker or max(1, int(phase.cpus_per_worker))
     # Ray Train's own records are of no use afterwards: resume states are ours. A name of its own keeps
     # a resumed run from being taken for the one before.
     scratch = f"{base}/runs/{job.run}/ray-train"
@@ -143,18 +143,10 @@ def _fit(job: PhaseJob, registry: Registry) -> dict[str, Any]:
             storage_path=scratch,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=phase.max_failures),
-            worker_runtime_env={
-                "env_vars": {
-                    "OMP_NUM_THREADS": str(threads),
-                    # Forward and backward run on different threads. With a heap for each, what one
-                    # frees the other cannot use, and a process holds both their peaks in fragments.
-                    "MALLOC_ARENA_MAX": "1",
-                    "OMP_WAIT_POLICY": "PASSIVE",
-                    "TOKENIZERS_PARALLELISM": "false",
-                }
-            },
+            worker_runtime_env={"env_vars": worker_environment(phase)},
         ),
     )
+    release_freed_memory()  # this process only waits now, and the workers may run beside it
     try:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
@@ -165,6 +157,18 @@ def _fit(job: PhaseJob, registry: Registry) -> dict[str, Any]:
     if not isinstance(outcome, dict):
         raise TrainingError(f"training phase {phase.name!r} was stopped before its end")
     return outcome
+
+
+def worker_environment(phase: TrainPhase) -> dict[str, str]:
+    """Variables of a training process; they must stand before torch is imported."""
+    return {
+        "OMP_NUM_THREADS": str(phase.threads_per_worker or max(1, int(phase.cpus_per_worker))),
+        # Forward and backward run on different threads. With a heap for each, what one
+        # frees the other cannot use, and a process holds both their peaks in fragments.
+        "MALLOC_ARENA_MAX": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def _tuple_index(registry: Registry, data: tuple[ArtifactRef, ...]) -> tuple[TupleIndex, str]:
