@@ -22,6 +22,7 @@ from cluster.run_lease import HEARTBEAT_S, STALE_S, RunLease
 from cluster.streams import TupleIndex
 from cluster.training_log import ProgressDisplay, StepRecord, read_log
 from cluster.training_loop import PhaseJob, run_worker
+from cluster.training_trackers import require_trackers
 from colbert_core import errors
 from colbert_core.allocator import release_freed_memory
 from colbert_core.errors import DataError, TrainingError
@@ -72,9 +73,11 @@ def train_phase(
         TrainingError: the run is in use elsewhere, its loss is no number, or its workers failed more
             often than ``max_failures``.
         DataError: a training set is malformed.
+        ConfigError: a tracker of ``track`` is not installed.
         ArtifactNotFound: the start or a training set is not published.
     """
     config = training_phase(recipe, phase)
+    require_trackers(recipe.track)
     run = run_name(recipe, phase)
     data = tuple(tuples_ref(recipe, name) for name in config.data)
     index, digest = _tuple_index(registry, data)

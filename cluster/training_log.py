@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from cluster.storage import ObjectStore
+from cluster.training_trackers import BackgroundTracker
 from colbert_core.config import FrozenModel
 from colbert_core.errors import ObjectNotFound, StorageError
 
@@ -90,11 +92,22 @@ class RunLog:
         start: steps made before this process took over.
         steps: length of the run.
         attempt: distinguishes the TensorBoard files of restarts.
+        trackers: services that get every record too.
     """
 
-    def __init__(self, store: ObjectStore, prefix: str, *, start: int, steps: int, attempt: str) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        prefix: str,
+        *,
+        start: int,
+        steps: int,
+        attempt: str,
+        trackers: Sequence[BackgroundTracker] = (),
+    ) -> None:
         self._store, self._prefix = store, prefix
         self._steps, self._attempt = steps, attempt
+        self._trackers = trackers
         self._every = max(1, -(-steps // CURVE_POINTS))
         self._pending: list[StepRecord] = []
         self._directory = Path(tempfile.mkdtemp(prefix="raycolbert-log-"))
@@ -108,9 +121,12 @@ class RunLog:
         """Takes a finished step."""
         self._pending.append(record)
         self._latest = {"steps": self._steps, **record.model_dump(mode="json")}
+        figures = {f"train/{name}": value for name, value in record.scalars().items()}
+        for tracker in self._trackers:
+            tracker.log(record.step, figures)
         if record.step % self._every == 0 or record.step == self._steps:
-            for name, value in record.scalars().items():
-                self._curves.add_scalar(f"train/{name}", value, record.step)
+            for name, value in figures.items():
+                self._curves.add_scalar(name, value, record.step)
 
     def take(self) -> list[StepRecord]:
         """The records since the last call: what is to be stored with the state made now."""
@@ -132,6 +148,8 @@ class RunLog:
         self._stop.set()
         self._thread.join()
         self._curves.close()
+        for tracker in self._trackers:
+            tracker.close(finished=self._latest["step"] == self._steps)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _show(self) -> None:

@@ -35,6 +35,7 @@ from cluster.streams import TupleIndex, UnitSchedule
 from cluster.training_figures import StepFigures
 from cluster.training_log import RunLog, StepRecord
 from cluster.training_step import UnitObjective, UnitOutcome, UnitWork
+from cluster.training_trackers import open_trackers
 from cluster.training_units import TokenisedUnit, UnitSource, UnitStream
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ConfigError, RaycolbertError, TrainingError, VersionExists
@@ -151,6 +152,11 @@ class TrainingLoop:
                 start=self._engine.step,
                 steps=self._phase.steps,
                 attempt=self._attempt,
+                trackers=open_trackers(
+                    job.recipe.track,
+                    job.run,
+                    {"phase": self._phase.model_dump(mode="json"), "data": [str(ref) for ref in job.data]},
+                ),
             )
             if self._rank == 0
             else None

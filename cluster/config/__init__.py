@@ -25,7 +25,7 @@ from cluster.config.data import (
 from cluster.config.loading import load_recipe, parse_recipe
 from cluster.config.recipe import Recipe
 from cluster.config.retrieval import EvaluateConfig, Gate, IndexConfig, ServeConfig, System
-from cluster.config.session import RayConfig, StorageConfig
+from cluster.config.session import MlflowConfig, RayConfig, StorageConfig, TrackConfig, WandbConfig
 from cluster.config.training import (
     AverageConfig,
     AverageInput,
@@ -52,6 +52,7 @@ __all__ = [
     "IndexConfig",
     "LabelScorer",
     "Mining",
+    "MlflowConfig",
     "ModelConfig",
     "Name",
     "OptimizerConfig",
@@ -65,9 +66,11 @@ __all__ = [
     "StorageConfig",
     "System",
     "TokenMaxSimScorer",
+    "TrackConfig",
     "TrainPhase",
     "TupleFiles",
     "TupleSet",
+    "WandbConfig",
     "fingerprint",
     "load_recipe",
     "parse_recipe",

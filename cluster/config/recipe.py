@@ -11,7 +11,7 @@ from cluster.config.ablation import AblateConfig, Overrides
 from cluster.config.base import Name, assign
 from cluster.config.data import DataConfig, Scorer
 from cluster.config.retrieval import EvaluateConfig, IndexConfig, ServeConfig
-from cluster.config.session import RayConfig, StorageConfig
+from cluster.config.session import RayConfig, StorageConfig, TrackConfig
 from cluster.config.training import AverageConfig, ModelConfig, TrainPhase
 from colbert_core.config import FrozenModel
 
@@ -24,6 +24,7 @@ class Recipe(FrozenModel):
     seed: int = 42
     storage: StorageConfig
     ray: RayConfig = RayConfig()
+    track: TrackConfig | None = None
     model: ModelConfig
     data: DataConfig = DataConfig()
     scorers: dict[Name, Scorer] = Field(default_factory=dict)
