@@ -2,6 +2,7 @@
 
 A version is a fingerprint of all that determines its content, parents included. A job can therefore
 tell from the recipe alone whether its output exists, and a changed recipe never meets a stale output.
+Jobs replace aliases by versions first (:func:`cluster.models.pinned`): here they are taken as written.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cluster.config import Recipe, TrainPhase, fingerprint
+from cluster.config import AverageInput, Recipe, TrainPhase, fingerprint
 from colbert_core.errors import ConfigError
 
 Kind = Literal["models", "data", "indexes"]
@@ -104,15 +105,44 @@ def averaged_ref(recipe: Recipe) -> ArtifactRef:
     """The mean of the models that ``average.inputs`` names."""
     if recipe.average is None:
         raise ConfigError("the recipe has no 'average' section")
-    inputs = []
+    inputs: list[tuple[str, float]] = []
     for item in recipe.average.inputs:
-        if item.phase is not None:
-            version = phase_ref(recipe, item.phase, None if item.step == "last" else item.step).version
-        else:
-            version = str(item.model)
-        inputs.append((version, item.weight))
-    greedy = recipe.average.greedy.model_dump(mode="json") if recipe.average.greedy else None
-    return ArtifactRef("models", recipe.model.name, f"averaged-{fingerprint(sorted(inputs), greedy)}")
+        if item.model is not None:
+            inputs.append((item.model, item.weight))
+            continue
+        versions = [ref.version for ref in input_refs(recipe, item)]
+        if item.best is not None:
+            choice = fingerprint(versions, item.best, item.metric, _source_identity(recipe, item.source))
+            versions = [f"best-{choice}"]
+        inputs += [(version, item.weight) for version in versions]
+    greedy = recipe.average.greedy
+    soup = [greedy.metric, _source_identity(recipe, greedy.source)] if greedy else None
+    return ArtifactRef("models", recipe.model.name, f"averaged-{fingerprint(sorted(inputs), soup)}")
+
+
+def input_refs(recipe: Recipe, item: AverageInput) -> list[ArtifactRef]:
+    """The steps of a phase that an average input stands for; for its best ones, those to choose from.
+
+    Raises:
+        ConfigError: the phase publishes fewer.
+    """
+    assert item.phase is not None  # other inputs need a registry
+    wanted = item.last or item.best
+    if wanted is None:
+        return [phase_ref(recipe, item.phase, None if item.step == "last" else item.step)]
+    steps = training_phase(recipe, item.phase).published_steps
+    if wanted > len(steps):
+        which = ", ".join(map(str, steps))
+        raise ConfigError(
+            f"average.inputs: {wanted} steps of phase {item.phase!r}, but it publishes {len(steps)}: {which}"
+        )
+    return [phase_ref(recipe, item.phase, step) for step in steps[-item.last if item.last else 0 :]]
+
+
+def _source_identity(recipe: Recipe, source: str | None) -> Any:
+    """What determines a data source's content, as far as a recipe says it."""
+    assert source is not None  # the recipe was checked
+    return [recipe.data.sources[source].model_dump(mode="json"), recipe.data.root]
 
 
 def model_ref(recipe: Recipe, spec: str) -> ArtifactRef:

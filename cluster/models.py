@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from random import Random
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,11 +13,14 @@ from cluster.artifacts import ArtifactRef, base_ref, model_ref
 from cluster.config import Recipe
 from cluster.registry import Registry
 from cluster.sources import document_text, read_records
+from colbert_core.config import FrozenModel
 from colbert_core.encoder import ColBERT
-from colbert_core.errors import ConfigError, DataError, VersionExists
+from colbert_core.errors import ArtifactNotFound, ConfigError, DataError, VersionExists
 from colbert_core.formats import has_projection, load_model, save_model
 from colbert_core.pretrained import resolve_base
 from colbert_core.projection import pca_projection
+
+Section = TypeVar("Section", bound=FrozenModel)
 
 
 def ensure_base(recipe: Recipe, registry: Registry) -> ArtifactRef:
@@ -49,6 +53,43 @@ def ensure_base(recipe: Recipe, registry: Registry) -> ArtifactRef:
             # Another job of this recipe was first; both built the same from the same settings.
             return ref
     return ref
+
+
+def pinned(recipe: Recipe, registry: Registry) -> Recipe:
+    """The recipe with the version in place of each alias of a model, as it stands now.
+
+    Every job does this first: its outputs are then named after what went into them, an alias that moves
+    leads to new outputs and never to stale ones, and what is published tells which version it was. A
+    version or alias that does not exist stays as it is, for the job that needs it to say so.
+    """
+
+    def pin(spec: str) -> str:
+        if "@" not in spec:
+            return spec
+        try:
+            ref = registry.resolve("models", spec)
+        except ArtifactNotFound:
+            return spec
+        return f"{ref.name}@{ref.version}"
+
+    def pin_in(section: Section, key: str) -> Section:
+        spec = getattr(section, key, None)
+        return section.model_copy(update={key: pin(spec)}) if isinstance(spec, str) else section
+
+    changed: dict[str, Any] = {"train": tuple(pin_in(phase, "init") for phase in recipe.train)}
+    changed["scorers"] = {
+        name: pin_in(scorer, "model") if scorer.kind == "colbert" else scorer
+        for name, scorer in recipe.scorers.items()
+    }
+    if recipe.average is not None:
+        inputs = tuple(pin_in(item, "model") for item in recipe.average.inputs)
+        changed["average"] = recipe.average.model_copy(update={"inputs": inputs})
+    if recipe.index is not None:
+        changed["index"] = pin_in(recipe.index, "model")
+    if recipe.evaluate is not None:
+        systems = {name: pin_in(system, "model") for name, system in recipe.evaluate.systems.items()}
+        changed["evaluate"] = recipe.evaluate.model_copy(update={"systems": systems})
+    return recipe.model_copy(update=changed)
 
 
 def resolve_model(recipe: Recipe, registry: Registry, spec: str) -> ArtifactRef:

@@ -17,6 +17,11 @@ from colbert_core.errors import ConfigError
 SPARE_CPUS = 2
 
 
+def has_cluster(recipe: Recipe) -> bool:
+    """Whether there is a Ray to join, so that none needs to be started."""
+    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS") or recipe.ray.address)
+
+
 @contextmanager
 def ray_session(recipe: Recipe) -> Iterator[None]:
     """Connects to Ray for the time of the block; inside another session it does nothing.

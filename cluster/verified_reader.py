@@ -27,10 +27,9 @@ class VerifiedReader(io.RawIOBase):
         self._store = store
         self._key = key
         self._entry = entry
-        self._digests = entry.blocks or (entry.sha256,)
         self._position = 0
         self._number = -1
-        self._block = b""
+        self._block = bytearray()
 
     def readable(self) -> bool:
         return True
@@ -59,16 +58,39 @@ class VerifiedReader(io.RawIOBase):
         self._position += len(data)
         return len(data)
 
-    def _fetch(self, number: int) -> bytes:
-        start = number * BLOCK_BYTES
-        size = min(BLOCK_BYTES, self._entry.size - start)
-        where = f"{self._key} in {self._store.uri}"
-        try:
-            # Damaged on the way, or in storage? The second time tells.
-            for _ in range(2):
-                data = self._store.get_range(self._key, start, size)
-                if len(data) == size and hashlib.sha256(data).hexdigest() == self._digests[number]:
-                    return data
-        except ObjectNotFound:
-            raise IntegrityError(f"{where}: the manifest names this file, but it is missing") from None
-        raise IntegrityError(f"{where}: bytes {start} to {start + size} do not match their SHA-256")
+    def _fetch(self, number: int) -> bytearray:
+        block = bytearray(block_length(self._entry, number))
+        read_block(self._store, self._key, self._entry, number, memoryview(block))
+        return block
+
+
+def block_length(entry: FileEntry, number: int) -> int:
+    """Bytes of a file's block; all but the last have the same."""
+    return min(BLOCK_BYTES, entry.size - number * BLOCK_BYTES)
+
+
+def read_block(store: ObjectStore, key: str, entry: FileEntry, number: int, buffer: memoryview) -> None:
+    """Fills a buffer with one block of a published file, checked.
+
+    Args:
+        store: where the file lies.
+        key: its storage key.
+        entry: its record in the manifest, with digests of its blocks if it has more than one.
+        number: of the block, from 0.
+        buffer: as long as the block.
+
+    Raises:
+        IntegrityError: the file is missing, or these are not the bytes that were published.
+        StorageError: they cannot be read.
+    """
+    where = f"{key} in {store.uri}"
+    start, digests = number * BLOCK_BYTES, entry.blocks or (entry.sha256,)
+    try:
+        # Damaged on the way, or in storage? The second time tells.
+        for _ in range(2):
+            filled = store.read_into(key, start, buffer)
+            if filled == len(buffer) and hashlib.sha256(buffer).hexdigest() == digests[number]:
+                return
+    except ObjectNotFound:
+        raise IntegrityError(f"{where}: the manifest names this file, but it is missing") from None
+    raise IntegrityError(f"{where}: bytes {start} to {start + len(buffer)} do not match their SHA-256")

@@ -89,7 +89,7 @@ class WorkerPool:
                         self._greet(reference)
                         continue
                     number, actor = running.pop(reference)
-                    results[number] = self._get(reference)
+                    results[number] = result_of(reference)
                     self._free.append(actor)
                     bar.advance(row, sizes[number])
         return results
@@ -104,15 +104,16 @@ class WorkerPool:
             ray.kill(actor)
 
     def _greet(self, reference: Any) -> None:
-        self._get(reference)
+        result_of(reference)
         self._free.append(self._starting.pop(reference))
 
-    @staticmethod
-    def _get(reference: Any) -> Any:
-        try:
-            return ray.get(reference)
-        except RayTaskError as error:
-            # Ray's own class of the same name carries a page of traceback as its message.
-            if isinstance(error.cause, RaycolbertError):
-                raise error.cause from None
-            raise
+
+def result_of(reference: Any) -> Any:
+    """What a task returned; a typed error that it raised is raised here as it was."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        # Ray's own class of the same name carries a page of traceback as its message.
+        if isinstance(error.cause, RaycolbertError):
+            raise error.cause from None
+        raise

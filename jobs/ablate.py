@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cluster.artifacts import ArtifactRef, tuples_ref
 from cluster.config import EvaluateConfig, Recipe, System
 from cluster.config.ablation import BASELINE
 from cluster.evaluation import Evaluator, Values, mean
-from cluster.models import ensure_base
+from cluster.models import ensure_base, pinned
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.report import Report
@@ -51,13 +52,14 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
             unknown.
         TrainingError: the baseline failed, or every variant did.
     """
-    trials = expand(recipe)
+    registry = Registry.open(recipe.storage)
+    recipe = pinned(recipe, registry)
+    trials = [replace(trial, recipe=pinned(trial.recipe, registry)) for trial in expand(recipe)]
     config, study = recipe.evaluate, recipe.ablate
     if config is None or study is None:
         raise ConfigError("an ablation needs the sections 'evaluate' and 'ablate'")
     evaluate_run({}, {"query": {"document": 1}}, config.metrics)  # refuses an unknown metric before any work
     outcome = Report(job="ablate", recipe=recipe.name)
-    registry = Registry.open(recipe.storage)
     judges = {source: _judge(recipe, source, registry) for source in config.sources}
     work = _reference_work(recipe, judges) + _trial_work(trials, judges, config, outcome)
     failed: dict[str, str] = {}

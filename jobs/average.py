@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from cluster.artifacts import ArtifactRef, averaged_ref, phase_ref
+from cluster.artifacts import ArtifactRef, averaged_ref, input_refs
+from cluster.averaging import mean_pieces
 from cluster.config import AverageConfig, AverageInput, GreedySoup, Recipe
+from cluster.evaluation import evaluate_model
+from cluster.models import pinned
+from cluster.published_model import published_model
+from cluster.ray_session import has_cluster, ray_session
 from cluster.registry import Parent, Registry
 from cluster.report import Report
 from cluster.scorers.encoders import ColBERTEncoder, VectorScorer
@@ -19,37 +25,49 @@ from colbert_core.averaging import Soup, average_models, greedy_soup
 from colbert_core.errors import ArtifactNotFound, ConfigError
 from colbert_core.formats import load_model
 from colbert_core.metrics import evaluate_run
+from colbert_core.model_files import ModelFiles, local_model
 from jobs.launch import main
+
+Weighted = tuple[ArtifactRef, float]
 
 
 def run(recipe: Recipe) -> Report:
     """Averages the models that ``average.inputs`` names and publishes the mean.
 
-    Does nothing if the result is published already. The manifest's parents are the models that went in,
-    with their shares.
+    The inputs are read from storage in parts; only a greedy soup, which has to search with them, keeps
+    them on this machine. Does nothing if the result is published already. The manifest's parents are the
+    models that went in, with their shares.
 
     Raises:
-        ConfigError: there is no ``average`` section, an input is named twice, or the dev metric is unknown.
+        ConfigError: there is no ``average`` section, an input is named twice, a phase publishes too few
+            steps, or a metric is unknown.
         ArtifactNotFound: inputs are not published; all of them are named.
         ModelError: the models differ in shapes, config or tokenizer, see
             :func:`colbert_core.averaging.average_models`.
+        IntegrityError: an input is damaged in storage.
     """
     report = Report(job="average", recipe=recipe.name)
-    ref = averaged_ref(recipe)
     registry = Registry.open(recipe.storage)
+    recipe = pinned(recipe, registry)
+    ref = averaged_ref(recipe)
     if registry.exists(ref):
         report.skipped.append(str(ref))
         return report
     config = recipe.average
     assert config is not None  # averaged_ref has checked
-    inputs = _resolved(recipe, registry, config)
-    with tempfile.TemporaryDirectory(prefix="raycolbert-average-") as folder:
+    inputs = _resolved(recipe, registry, config, report)
+    models: dict[ArtifactRef, ModelFiles]
+    with tempfile.TemporaryDirectory(prefix="raycolbert-average-") as folder, ExitStack() as session:
         mean = Path(folder) / "model"
-        with report.timed("pull"):
-            directories = {parent: registry.pull(parent) for parent, _ in inputs}
-        if config.greedy is not None:
+        if config.greedy is None:
+            models = {parent: published_model(registry, parent) for parent, _ in inputs}
+            if has_cluster(recipe):
+                session.enter_context(ray_session(recipe))
+        else:
+            with report.timed("pull"):
+                models = {parent: local_model(registry.pull(parent)) for parent, _ in inputs}
             with report.timed("greedy"):
-                soup = _greedy(recipe, config.greedy, inputs, directories, Path(folder))
+                soup = _greedy(recipe, registry, config.greedy, inputs, models, Path(folder))
             inputs = list(soup.chosen)
             report.metrics[f"{config.greedy.source}/{config.greedy.metric}"] = soup.score
             report.details["trials"] = [
@@ -57,7 +75,7 @@ def run(recipe: Recipe) -> Report:
                 for members, score in soup.trials
             ]
         with report.timed("average"):
-            _mean_of(inputs, directories, mean)
+            _mean_of(inputs, models, mean)
         total = sum(weight for _, weight in inputs)
         parents = [Parent(parent, weight / total) for parent, weight in inputs]
         with report.timed("publish"):
@@ -75,58 +93,90 @@ def run(recipe: Recipe) -> Report:
     return report
 
 
-Weighted = tuple[ArtifactRef, float]
-
-
-def _resolved(recipe: Recipe, registry: Registry, config: AverageConfig) -> list[Weighted]:
+def _resolved(recipe: Recipe, registry: Registry, config: AverageConfig, report: Report) -> list[Weighted]:
     """The published versions that the inputs stand for, with their weights."""
-    resolved: list[Weighted] = []
-    missing = []
-    for position, item in enumerate(config.inputs):
-        ref = _input_ref(recipe, registry, item)
-        if ref in [other for other, _ in resolved]:
-            raise ConfigError(f"average.inputs.{position}: {ref} is named twice; give it a larger weight")
-        if not registry.exists(ref):
-            missing.append(f"inputs.{position} ({ref})")
-        resolved.append((ref, item.weight))
+    candidates = [
+        input_refs(recipe, item) if item.model is None else [registry.resolve("models", item.model)]
+        for item in config.inputs
+    ]
+    _together(
+        config.inputs,
+        [() if item.best else refs for item, refs in zip(config.inputs, candidates, strict=True)],
+    )
+    missing = [
+        f"inputs.{position} ({ref})"
+        for position, refs in enumerate(candidates)
+        for ref in refs
+        if not registry.exists(ref)
+    ]
     if missing:
         there = ", ".join(registry.versions("models", recipe.model.name)) or "nothing"
         raise ArtifactNotFound(
             f"average: not published: {', '.join(missing)}; published under {recipe.model.name}: {there}"
         )
-    return resolved
+    chosen = [
+        _best(recipe, registry, item, refs, report) if item.best else refs
+        for item, refs in zip(config.inputs, candidates, strict=True)
+    ]
+    return _together(config.inputs, chosen)
 
 
-def _input_ref(recipe: Recipe, registry: Registry, item: AverageInput) -> ArtifactRef:
-    if item.phase is not None:
-        return phase_ref(recipe, item.phase, None if item.step == "last" else item.step)
-    return registry.resolve("models", str(item.model))
+def _together(inputs: Sequence[AverageInput], chosen: Sequence[Sequence[ArtifactRef]]) -> list[Weighted]:
+    """What all inputs stand for, after checking that nothing comes twice."""
+    found: dict[ArtifactRef, float] = {}
+    for position, (item, refs) in enumerate(zip(inputs, chosen, strict=True)):
+        for ref in refs:
+            if ref in found:
+                raise ConfigError(f"average.inputs.{position}: {ref} is named twice; give it a larger weight")
+            found[ref] = item.weight
+    return list(found.items())
 
 
-def _mean_of(inputs: Sequence[Weighted], directories: dict[ArtifactRef, Path], output: Path) -> None:
-    average_models([directories[ref] for ref, _ in inputs], [weight for _, weight in inputs], output)
+def _best(
+    recipe: Recipe, registry: Registry, item: AverageInput, refs: Sequence[ArtifactRef], report: Report
+) -> list[ArtifactRef]:
+    """The steps with the highest metric, best first; of equals the later."""
+    assert item.source is not None and item.metric is not None  # the recipe was checked
+    _check_metric(item.metric)
+    with report.timed("evaluate"):
+        scores = {
+            ref: evaluate_model(recipe, registry, ref, item.source, item.metric) for ref in reversed(refs)
+        }
+    report.details[f"{item.phase}: {item.metric} on {item.source}"] = {str(ref): scores[ref] for ref in refs}
+    return sorted(scores, key=lambda ref: -scores[ref])[: item.best]
+
+
+def _check_metric(metric: str) -> None:
+    """Refuses an unknown metric before any work."""
+    evaluate_run({}, {"query": {"document": 1}}, [metric])
+
+
+def _mean_of(inputs: Sequence[Weighted], models: Mapping[ArtifactRef, ModelFiles], output: Path) -> None:
+    weights = [weight for _, weight in inputs]
+    average_models([models[ref] for ref, _ in inputs], weights, output, mean_pieces)
 
 
 def _greedy(
     recipe: Recipe,
+    registry: Registry,
     settings: GreedySoup,
     inputs: Sequence[Weighted],
-    directories: dict[ArtifactRef, Path],
+    models: Mapping[ArtifactRef, ModelFiles],
     folder: Path,
 ) -> Soup[Weighted]:
     """Chooses the inputs by exact MaxSim over the dev source; each trial's mean is deleted after it."""
     source = load_source(recipe, settings.source)
-    evaluate_run({}, source.qrels, [settings.metric])  # refuses an unknown metric before any work
+    _check_metric(settings.metric)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("greedy soup: models scored", total=2 * len(inputs) - 1)
 
         def score(chosen: Sequence[Weighted]) -> float:
             if len(chosen) == 1:
-                value = _dev_score(source, directories[chosen[0][0]], settings.metric)
+                value = _dev_score(source, registry.pull(chosen[0][0]), settings.metric)
             else:
                 with tempfile.TemporaryDirectory(dir=folder) as trial:
-                    _mean_of(chosen, directories, Path(trial) / "model")
+                    _mean_of(chosen, models, Path(trial) / "model")
                     value = _dev_score(source, Path(trial) / "model", settings.metric)
             progress.advance(task)
             return value

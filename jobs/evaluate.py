@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cluster.config import EvaluateConfig, Recipe
 from cluster.evaluation import Evaluator, Values, mean
+from cluster.models import pinned
 from cluster.registry import Registry
 from cluster.report import Report
 from colbert_core.errors import ConfigError
@@ -36,6 +37,7 @@ def run(recipe: Recipe) -> Report:
     evaluate_run({}, {"query": {"document": 1}}, config.metrics)
     report = Report(job="evaluate", recipe=recipe.name)
     registry = Registry.open(recipe.storage)
+    recipe = pinned(recipe, registry)
     details: dict[str, Any] = {"scores": {}, "intervals": {}, "queries": {}, "runs": {}}
     console = Console(stderr=True)
     for source in config.sources:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from cluster.artifacts import ArtifactRef, base_ref, index_ref
+from cluster.artifacts import base_ref, index_ref
 from cluster.config import Recipe
 from cluster.indexing import build_index
-from cluster.models import ensure_base, resolve_model
+from cluster.models import ensure_base, pinned, resolve_model
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.report import Report
-from colbert_core.errors import ConfigError, RaycolbertError
+from colbert_core.errors import RaycolbertError
 from jobs.launch import main
 
 
@@ -20,19 +20,18 @@ def run(recipe: Recipe) -> Report:
     is not trained again, and finished shards stay as they are.
 
     Raises:
-        ConfigError: the recipe has no index, or its index was built from another version of the model
-            than the alias names now.
+        ConfigError: the recipe has no index.
         ArtifactNotFound: the model is not published.
         DataError: a corpus is malformed, or one id stands for two different documents.
     """
+    report = Report(job="index", recipe=recipe.name)
+    registry = Registry.open(recipe.storage)
+    recipe = pinned(recipe, registry)
     ref = index_ref(recipe)
     config = recipe.index
     assert config is not None  # index_ref has checked
-    report = Report(job="index", recipe=recipe.name)
-    registry = Registry.open(recipe.storage)
     model = resolve_model(recipe, registry, config.model)
     if registry.exists(ref):
-        _check_model(registry, ref, model)
         report.skipped.append(str(ref))
         return report
     if model == base_ref(recipe):
@@ -49,15 +48,6 @@ def run(recipe: Recipe) -> Report:
         return report
     report.artifacts.append(str(ref))
     return report
-
-
-def _check_model(registry: Registry, ref: ArtifactRef, model: ArtifactRef) -> None:
-    parents = [parent.ref for parent in registry.manifest(ref).parents]
-    if model not in parents:
-        raise ConfigError(
-            f"index.model stands for {model} now, but {ref} was built from {parents[0]} under the same "
-            "alias; name a version, or give the index another name"
-        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from cluster.artifacts import candidates_ref
 from cluster.config import Mining, Recipe
 from cluster.mining import MinedTuples, candidate_rows, mine
+from cluster.models import pinned
 from cluster.parts import PART_ROWS, upload_parts
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
@@ -30,6 +31,7 @@ def run(recipe: Recipe) -> Report:
     """
     report = Report(job="mine_negatives", recipe=recipe.name)
     registry = Registry.open(recipe.storage)
+    recipe = pinned(recipe, registry)
     for name, tuple_set in recipe.data.tuples.items():
         if tuple_set.mine is None:
             continue

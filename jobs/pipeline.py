@@ -19,7 +19,7 @@ from rich.console import Console
 from cluster.artifacts import index_ref
 from cluster.config import Recipe
 from cluster.evaluation import evaluate_model
-from cluster.models import resolve_model
+from cluster.models import pinned, resolve_model
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.report import Report, memory_of_session_mb
@@ -50,6 +50,8 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
         ``details`` the score tables, the loss curve and the answers over HTTP.
     """
     whole = Report(job="pipeline", recipe=recipe.name)
+    # Before the first stage, for the last one may move an alias that the recipe names.
+    recipe = pinned(recipe, Registry.open(recipe.storage))
     with _peak_memory(whole), ray_session(recipe):
         for name, job in _stages(recipe):
             console.rule(f"[bold]{name}")

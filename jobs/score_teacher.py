@@ -5,6 +5,7 @@ from __future__ import annotations
 from cluster.artifacts import ArtifactRef, candidates_ref, tuples_ref
 from cluster.config import Recipe, Scoring, TupleFiles
 from cluster.manifest import Parent
+from cluster.models import pinned
 from cluster.parts import upload_parts
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
@@ -28,6 +29,7 @@ def run(recipe: Recipe) -> Report:
     """
     report = Report(job="score_teacher", recipe=recipe.name)
     registry = Registry.open(recipe.storage)
+    recipe = pinned(recipe, registry)
     for name, tuple_set in recipe.data.tuples.items():
         ref = tuples_ref(recipe, name)
         if registry.exists(ref):

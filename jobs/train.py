@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.artifacts import phase_ref, training_phase
 from cluster.config import Recipe
-from cluster.models import ensure_base
+from cluster.models import ensure_base, pinned
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.report import Report
@@ -32,6 +32,7 @@ def run(recipe: Recipe, phase: str | None = None) -> Report:
         raise ConfigError("the recipe has no 'train' section")
     report = Report(job="train", recipe=recipe.name)
     registry = Registry.open(recipe.storage)
+    recipe = pinned(recipe, registry)
     phases = recipe.train if phase is None else (training_phase(recipe, phase),)
     for config in phases:
         ref = phase_ref(recipe, config.name)

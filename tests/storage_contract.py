@@ -38,7 +38,11 @@ class StorageContract:
         store.put("folder/file", b"x")
         for key in ("none", "folder", "folder/none", "folder/file/below"):
             assert not store.exists(key)
-            for read in (store.get, store.head, store.open, lambda key: store.get_range(key, 0, 1)):
+            reads = (
+                *(store.get, store.head, store.open, lambda key: store.get_range(key, 0, 1)),
+                lambda key: store.read_into(key, 0, memoryview(bytearray(1))),
+            )
+            for read in reads:
                 with pytest.raises(ObjectNotFound, match=key):
                     read(key)
         assert store.exists("folder/file")
@@ -73,11 +77,31 @@ class StorageContract:
         store.put("r", data)
         for start, length in ((0, 1), (10, 20), (99, 1), (90, 50), (0, 1000), (100, 5), (1000, 5), (5, 0)):
             assert store.get_range("r", start, length) == data[start : start + length]
+            buffer = bytearray(length)
+            count = store.read_into("r", start, memoryview(buffer))
+            assert buffer[:count] == data[start : start + length]
+            assert not any(buffer[count:])
         for start, length in ((-1, 2), (0, -1)):
             with pytest.raises(ValueError, match="range"):
                 store.get_range("r", start, length)
         store.put("empty", b"")
         assert store.get_range("empty", 0, 10) == b""
+        assert store.read_into("empty", 0, memoryview(bytearray(10))) == 0
+        with pytest.raises(ValueError, match="range"):
+            store.read_into("r", -1, memoryview(bytearray(2)))
+
+    def test_many_buffers_are_filled_at_once(self, store: ObjectStore) -> None:
+        data = os.urandom(9_000_000)
+        store.put("large", data)
+
+        def read(start: int) -> bool:
+            buffer = bytearray(3_000_000)
+            return store.read_into("large", start, memoryview(buffer)) == 3_000_000 and (
+                buffer == data[start : start + 3_000_000]
+            )
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(read, range(0, 6_000_000, 700_000)))
 
     def test_reader_seeks(self, store: ObjectStore) -> None:
         data = os.urandom(700_000)

@@ -64,6 +64,7 @@ class Recipe(FrozenModel):
                 check(f"train.{position}.init", phase.init, ["base", *phases[:position]], "earlier phase")
         for position, item in enumerate(self.average.inputs if self.average else ()):
             check(f"average.inputs.{position}.phase", item.phase, phases, "phase")
+            check(f"average.inputs.{position}.source", item.source, sources, "data source")
         if self.average and self.average.greedy:
             check("average.greedy.source", self.average.greedy.source, sources, "data source")
         for source in self.index.sources if self.index else ():
@@ -106,16 +107,18 @@ class Recipe(FrozenModel):
                     )
         by_name = {phase.name: phase for phase in self.train}
         for position, item in enumerate(self.average.inputs if self.average else ()):
-            if item.phase is None or item.step == "last":
+            if item.phase is None:
                 continue
-            every = by_name[item.phase].checkpoint.publish_every_steps
-            # A step past the end is left to the average job: a shortened trial of the phase is no mistake.
-            if item.step < by_name[item.phase].steps and (not every or item.step < 1 or item.step % every):
-                published = f"every {every} steps and its last" if every else "its last step only"
-                raise ValueError(
-                    f"average.inputs.{position}.step: {item.step}, but phase {item.phase!r} publishes "
-                    f"{published} (checkpoint.publish_every_steps)"
-                )
+            phase, key = by_name[item.phase], f"average.inputs.{position}"
+            every = phase.checkpoint.publish_every_steps
+            published = f"every {every} steps and its last" if every else "its last step only"
+            says = f"phase {item.phase!r} publishes {published} (checkpoint.publish_every_steps)"
+            # What is past the end is left to the average job: a shortened trial of the phase is no mistake.
+            if item.step != "last" and item.step < phase.steps and item.step not in phase.published_steps:
+                raise ValueError(f"{key}.step: {item.step}, but {says}")
+            for name, count in (("last", item.last), ("best", item.best)):
+                if count is not None and count > 1 and not every:
+                    raise ValueError(f"{key}.{name}: {count}, but {says}")
         return self
 
     @model_validator(mode="after")

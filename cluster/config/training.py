@@ -83,6 +83,12 @@ class TrainPhase(FrozenModel):
     max_failures: int = Field(3, ge=-1, description="restarts by Ray Train; -1: no bound")
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @property
+    def published_steps(self) -> tuple[int, ...]:
+        """The steps at which the phase publishes a model, its last included."""
+        every = self.checkpoint.publish_every_steps
+        return (*range(every, self.steps, every), self.steps) if every else (self.steps,)
+
     @model_validator(mode="after")
     def _units_fill_steps(self) -> TrainPhase:
         if self.queries_per_step % self.micro_batch:
@@ -102,17 +108,40 @@ class TrainPhase(FrozenModel):
 
 
 class AverageInput(FrozenModel):
-    """One model of the mean: a phase's last or given step, or a published version."""
+    """What goes into the mean: a phase's last or given step, its last or best few, or a published version."""
 
-    phase: Name | None = None
-    step: int | Literal["last"] = "last"
+    phase: Name | None = Field(None, description="a training phase of this recipe")
+    step: int | Literal["last"] = Field("last", description="a step that the phase publishes")
+    last: int | None = Field(
+        None, ge=1, description="instead of 'step': this many published steps of the phase, the last ones"
+    )
+    best: int | None = Field(
+        None,
+        ge=1,
+        description="instead of 'step': this many published steps of the phase, those with the highest "
+        "'metric' on 'source' (evaluated unless that is stored; the later of equals)",
+    )
+    source: Name | None = Field(None, description="with 'best': the data source to evaluate on")
+    metric: str | None = Field(None, description="with 'best': a metric at a rank, such as nDCG@10")
     model: str | None = Field(None, description="NAME@VERSION-or-alias")
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, description="of each model that this stands for")
 
     @model_validator(mode="after")
     def _one_origin(self) -> AverageInput:
         if (self.phase is None) == (self.model is None):
             raise ValueError("an average input has exactly one of 'phase' and 'model'")
+        given = {"step": None if self.step == "last" else self.step, "last": self.last, "best": self.best}
+        chosen = [name for name, value in given.items() if value is not None]
+        if self.model is not None and chosen:
+            raise ValueError(f"{', '.join(chosen)}: of a phase, not of a model")
+        if len(chosen) > 1:
+            raise ValueError(f"an average input has one of 'step', 'last' and 'best', not {chosen}")
+        if self.best is not None and (self.source is None or self.metric is None):
+            raise ValueError("'best' needs 'source' and 'metric': what the steps are compared by")
+        if self.best is None and (self.source is not None or self.metric is not None):
+            raise ValueError("'source' and 'metric' say what is 'best', which is not given")
+        if self.metric is not None and not self.metric.partition("@")[2].isdigit():
+            raise ValueError(f"metric {self.metric!r}: a metric at a rank is expected, such as nDCG@10")
         return self
 
 

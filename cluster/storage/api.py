@@ -94,6 +94,18 @@ class ObjectStore(ABC):
         """
 
     @abstractmethod
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """Fills a buffer with the bytes from offset ``start`` on, without memory of its own.
+
+        Returns:
+            How many there were; fewer than the buffer holds at the end of the object, 0 beyond it.
+
+        Raises:
+            ValueError: ``start`` is negative.
+            ObjectNotFound: there is no such object.
+        """
+
+    @abstractmethod
     def open(self, key: str) -> BinaryIO:
         """A buffered, seekable reader. It reads one object even if the key is overwritten meanwhile,
         or fails with StorageError; it never returns a mixture.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from pyarrow.fs import FileSystem, LocalFileSystem
 
@@ -49,6 +50,12 @@ class LocalStore(ObjectStore):
         with self._reading("get_range", key) as stream:
             stream.seek(start)
             return stream.read(length)
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        check_range(start, len(buffer))
+        with self._reading("read_into", key) as stream:
+            stream.seek(start)
+            return cast(io.BufferedReader, stream).readinto(buffer)
 
     def open(self, key: str) -> BinaryIO:
         with self._explained("open", key):

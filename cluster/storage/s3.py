@@ -18,7 +18,15 @@ from urllib.parse import urlsplit
 from pyarrow.fs import FileSystem, S3FileSystem
 
 from cluster.config import StorageConfig
-from cluster.storage.api import ObjectInfo, ObjectStore, check_key, check_prefix, check_range, file_sha256
+from cluster.storage.api import (
+    READ_CHUNK,
+    ObjectInfo,
+    ObjectStore,
+    check_key,
+    check_prefix,
+    check_range,
+    file_sha256,
+)
 from cluster.storage.s3_errors import REQUEST_ERRORS
 from cluster.storage.s3_reader import S3Reader
 from cluster.storage.s3_requests import OutOfRange, S3Requests, Tries, UploadLost
@@ -69,13 +77,11 @@ class S3Store(ObjectStore):
         if length == 0:
             self.head(key)
             return b""
-        span = f"bytes={start}-{start + length - 1}"
 
         def request() -> bytes:
-            answer = self._client.get_object(**self._at(key), Range=span)
-            data = answer["Body"].read()
-            total = int(answer["ContentRange"].rpartition("/")[2])
-            if len(data) != min(length, total - start):
+            body, wanted = self._range(key, start, length)
+            data = body.read()
+            if len(data) != wanted:
                 raise ConnectionError("the answer is shorter than the range")
             return data
 
@@ -83,6 +89,35 @@ class S3Store(ObjectStore):
             return self._call("get_range", key, request)
         except OutOfRange:
             return b""
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        check_range(start, len(buffer))
+        if not buffer:
+            self.head(key)
+            return 0
+
+        def request() -> int:
+            body, wanted = self._range(key, start, len(buffer))
+            filled = 0
+            while filled < wanted:
+                count = body.readinto(buffer[filled : min(wanted, filled + READ_CHUNK)])
+                if not count:
+                    raise ConnectionError("the answer is shorter than the range")
+                filled += count
+            body.read()  # the end: only then can the connection be used again
+            return filled
+
+        try:
+            return self._call("read_into", key, request)
+        except OutOfRange:
+            return 0
+
+    def _range(self, key: str, start: int, length: int) -> tuple[Any, int]:
+        """An unread body, and how many bytes it must have."""
+        span = f"bytes={start}-{start + length - 1}"
+        answer = self._client.get_object(**self._at(key), Range=span)
+        total = int(answer["ContentRange"].rpartition("/")[2])
+        return answer["Body"], min(length, total - start)
 
     def open(self, key: str) -> BinaryIO:
         info = self.head(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from safetensors.torch import load_file
 from cluster.artifacts import ArtifactRef, averaged_ref, base_ref, phase_ref
 from cluster.config import Recipe, StorageConfig, parse_recipe
 from cluster.models import ensure_base, load_model_ref, resolve_model, sample_documents
-from cluster.registry import Registry
+from cluster.registry import Registry, parse_ref
 from colbert_core.encoder import ColBERT
-from colbert_core.errors import ArtifactNotFound, ConfigError, DataError, ModelError
+from colbert_core.errors import ArtifactNotFound, ConfigError, DataError, IntegrityError, ModelError
 from colbert_core.formats import load_model, save_model
 from jobs import average
 from tests.tiny_models import tiny_bert_dir, tiny_xlmr_dir
@@ -125,6 +126,103 @@ def test_the_mean_is_published_once_with_its_parents(tmp_path, base_dir):
     assert manifest.recipe is not None and manifest.recipe["name"] == "test"
     again = average.run(recipe)
     assert again.skipped == [str(ref)] and not again.artifacts
+
+
+def test_the_inputs_are_never_copied_here_as_a_whole(tmp_path, base_dir):
+    recipe = parse_recipe(tree(tmp_path, base_dir))
+    registry = Registry.open(recipe.storage)
+    publish_steps(recipe, registry, tmp_path / "models")
+    shutil.rmtree(tmp_path / "cache")
+    average.run(recipe)
+    assert not (tmp_path / "cache").exists()
+    assert registry.verify(averaged_ref(recipe)) == []
+
+
+def test_the_last_steps_are_taken(tmp_path, base_dir):
+    plan = tree(tmp_path, base_dir)
+    plan["average"]["inputs"] = [{"phase": "pre", "last": 2, "weight": 3}, {"phase": "post", "weight": 2}]
+    recipe = parse_recipe(plan)
+    registry = Registry.open(recipe.storage)
+    models = publish_steps(recipe, registry, tmp_path / "models")
+    report = average.run(recipe)
+    expected = dict(zip(map(str, models), (0.375, 0.375, 0.25), strict=True))
+    assert report.details["parents"] == expected
+
+
+def test_the_best_steps_are_taken_by_a_metric_that_is_stored(tmp_path, base_dir):
+    plan = tree(tmp_path, base_dir)
+    best = {"phase": "pre", "best": 2, "source": "dev", "metric": "RR@5"}
+    plan["train"][0]["checkpoint"]["publish_every_steps"] = 5
+    plan["average"]["inputs"] = [best]
+    recipe = parse_recipe(plan)
+    registry = Registry.open(recipe.storage)
+    ensure_base(recipe, registry)
+    good = load_model_ref(registry, base_ref(recipe))
+    save_model(good, tmp_path / "good")
+    blind = load_model_ref(registry, base_ref(recipe))
+    with torch.no_grad():
+        # All vectors point the same way, so that every document scores alike.
+        blind.projection.weight.zero_()
+        blind.projection.weight[0, 0] = 1e6
+    save_model(blind, tmp_path / "blind")
+    refs = {step: phase_ref(recipe, "pre", step) for step in (5, 10, 15, 20)}
+    for step, ref in refs.items():
+        registry.publish(ref, tmp_path / ("blind" if step in (10, 20) else "good"))
+    report = average.run(recipe)
+    assert set(report.details["parents"]) == {str(refs[5]), str(refs[15])}
+    scores = report.details["pre: RR@5 on dev"]
+    assert scores[str(refs[5])] == scores[str(refs[15])] > scores[str(refs[10])] == scores[str(refs[20])]
+    stored = {info.key: info.modified for info in registry.store.list("evaluations/")}
+    assert len(stored) == 8  # a run and its values for each step
+
+    # Of equals the later; nothing is evaluated again.
+    plan["average"]["inputs"] = [best | {"best": 1}]
+    assert set(average.run(parse_recipe(plan)).details["parents"]) == {str(refs[15])}
+    plan["average"]["inputs"] = [best | {"best": 3}]
+    found = average.run(parse_recipe(plan)).details["parents"]
+    assert set(found) == {str(refs[step]) for step in (5, 15, 20)}
+    assert {info.key: info.modified for info in registry.store.list("evaluations/")} == stored
+
+    plan["average"]["inputs"] = [best, {"phase": "pre", "step": 15}]
+    with pytest.raises(ConfigError, match=r"inputs\.1: .*step00000015 is named twice"):
+        average.run(parse_recipe(plan))
+    plan["average"]["inputs"] = [best | {"metric": "wrong@3"}]
+    with pytest.raises(ConfigError, match="wrong@3"):
+        average.run(parse_recipe(plan))
+
+
+def test_a_moved_alias_leads_to_another_mean(tmp_path, base_dir):
+    plan = tree(tmp_path, base_dir)
+    plan["average"]["inputs"] = [{"phase": "post"}, {"model": "tiny@production"}]
+    recipe = parse_recipe(plan)
+    registry = Registry.open(recipe.storage)
+    early, last, post = publish_steps(recipe, registry, tmp_path / "models")
+    with pytest.raises(ArtifactNotFound, match="tiny@production"):
+        average.run(recipe)
+    made = []
+    for now in (early, last, early):
+        registry.promote(now, "production")
+        report = average.run(recipe)
+        (ref,) = report.artifacts or report.skipped
+        made.append(ref)
+        manifest = registry.manifest(parse_ref(ref))
+        assert {parent.ref for parent in manifest.parents} == {post, now}
+        assert manifest.recipe["average"]["inputs"][1]["model"] == f"tiny@{now.version}"
+    assert made[0] == made[2] != made[1]
+
+
+def test_damage_in_storage_publishes_nothing(tmp_path, base_dir):
+    recipe = parse_recipe(tree(tmp_path, base_dir))
+    registry = Registry.open(recipe.storage)
+    victim = list(publish_steps(recipe, registry, tmp_path / "models"))[1]
+    key = registry.manifest(victim).key_of("model.safetensors")
+    data = bytearray(registry.store.get(key))
+    data[len(data) // 2] ^= 1
+    registry.store.put(key, bytes(data))
+    with pytest.raises(IntegrityError, match=re.escape(key)):
+        average.run(recipe)
+    assert not registry.exists(averaged_ref(recipe))
+    assert not list(registry.store.list(averaged_ref(recipe).prefix))
 
 
 def test_the_order_of_the_inputs_changes_neither_version_nor_bytes(tmp_path, base_dir):

@@ -17,15 +17,15 @@ import pytest
 from cluster.artifacts import base_ref, index_ref
 from cluster.config import Recipe, StorageConfig
 from cluster.index_corpus import BuildArea
-from cluster.manifest import Manifest
-from cluster.models import ensure_base, load_model_ref
+from cluster.manifest import Manifest, Parent, parse_ref
+from cluster.models import ensure_base, load_model_ref, pinned
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.sources import document_text
 from cluster.storage import ObjectInfo
 from cluster.worker_pool import WorkerPool
 from colbert_core.config import SearchConfig
-from colbert_core.errors import ArtifactNotFound, ConfigError, DataError
+from colbert_core.errors import ArtifactNotFound, DataError
 from colbert_core.index import open_index
 from colbert_core.maxsim import maxsim_ragged
 from jobs import index
@@ -217,13 +217,15 @@ def test_few_documents_and_a_moved_alias(root: Path, s3_server: S3Server) -> Non
     assert report.metrics["centroids"] == report.metrics["tokens"] < 100
     assert any("4096 centroids" in warning for warning in report.warnings)
     assert min(shard["documents"] for shard in report.details["shards"]) == 0
-    assert {key for key, _ in searched(aliased)[0]} == {"d0000", "d0001", "d0002"}
-    assert index.run(aliased).skipped == [str(index_ref(aliased))]
+    assert {key for key, _ in searched(pinned(aliased, registry))[0]} == {"d0000", "d0001", "d0002"}
+    assert index.run(aliased).skipped == report.artifacts
     second = ensure_base(given.model_copy(update={"seed": 43}), registry)
     assert second != first
     registry.promote(second, "production")
-    with pytest.raises(ConfigError, match=f"stands for {second} now"):
-        index.run(aliased)
+    (rebuilt,) = index.run(aliased).artifacts
+    assert rebuilt not in report.artifacts
+    parents = [registry.manifest(parse_ref(ref)).parents for ref in (*report.artifacts, rebuilt)]
+    assert parents == [(Parent(first),), (Parent(second),)]
 
 
 def test_a_killed_build_goes_on(built: Recipe, root: Path) -> None:

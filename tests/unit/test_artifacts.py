@@ -228,6 +228,42 @@ def test_the_order_of_a_mean_s_inputs_does_not_matter() -> None:
     assert averaged_ref(parse_recipe(tree)) == averaged_ref(parse_recipe(TREE))
 
 
+def averaged(*inputs: dict[str, Any], **more: Any) -> ArtifactRef:
+    return averaged_ref(parse_recipe(with_value("average", {"inputs": list(inputs), **more})))
+
+
+def test_the_last_steps_are_the_steps_they_stand_for() -> None:
+    assert averaged({"phase": "pre", "last": 2}) == averaged({"phase": "pre", "step": 10}, {"phase": "pre"})
+    assert averaged({"phase": "pre", "last": 1}) == averaged({"phase": "pre"})
+    assert averaged({"phase": "pre", "last": 2}) != averaged({"phase": "pre"})
+    with pytest.raises(ConfigError, match="3 steps of phase 'pre', but it publishes 2: 10, 20"):
+        averaged({"phase": "pre", "last": 3})
+
+
+def test_how_steps_are_chosen_is_part_of_the_name() -> None:
+    best = {"phase": "pre", "best": 1, "source": "test", "metric": "nDCG@10"}
+    forms = [
+        averaged(best),
+        averaged(best | {"best": 2}),
+        averaged(best | {"metric": "R@1"}),
+        averaged(best | {"source": "train"}),
+        averaged(best | {"weight": 2.0}),
+        averaged({"phase": "pre"}, greedy={"source": "test"}),
+        averaged({"phase": "pre"}, greedy={"source": "train"}),
+        averaged({"phase": "pre"}, greedy={"source": "test", "metric": "R@1"}),
+    ]
+    assert len(set(forms)) == len(forms)
+    for average in ({"inputs": [best]}, {"inputs": [{"phase": "pre"}], "greedy": {"source": "test"}}):
+        tree = with_value("average", average)
+        before = averaged_ref(parse_recipe(tree))
+        tree["data"]["sources"]["test"] = {**tree["data"]["sources"]["test"], "queries": "other.jsonl"}
+        assert averaged_ref(parse_recipe(tree)) != before
+    tree = with_value("average", {"inputs": [best]})
+    before = averaged_ref(parse_recipe(tree))
+    tree["train"][0]["checkpoint"] = {"publish_every_steps": 5}
+    assert averaged_ref(parse_recipe(tree)) != before, "there is more to choose from"
+
+
 def test_specs_stand_for_versions_and_unknown_ones_are_refused_with_those_there_are() -> None:
     recipe = parse_recipe(TREE)
     assert model_ref(recipe, "base") == base_ref(recipe)

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file, save_file
 
-from colbert_core import averaging
-from colbert_core.averaging import average_files, average_models, greedy_soup
+from colbert_core import mean_plan
+from colbert_core.averaging import average_files, greedy_soup
+from colbert_core.averaging import average_models as average_model_files
 from colbert_core.errors import ConfigError, ModelError, NonFiniteError
+from colbert_core.model_files import local_model
 
 floats = st.floats(-(2.0**100), 2.0**100, width=32)
 weight = st.floats(2**-10, 2**10)
@@ -32,6 +34,10 @@ def weighted(draw: st.DrawFn) -> tuple[np.ndarray, list[float]]:
     inputs, values = draw(st.integers(1, 6)), draw(st.integers(1, 12))
     stack = draw(hnp.arrays(np.float32, (inputs, values), elements=floats))
     return stack, draw(st.lists(weight, min_size=inputs, max_size=inputs))
+
+
+def average_models(directories: Sequence[Path], weights: Sequence[float], output: Path) -> None:
+    average_model_files([local_model(directory) for directory in directories], weights, output)
 
 
 def mean_of(directory: Path, stack: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
@@ -98,7 +104,8 @@ def test_only_the_ratios_of_the_weights_matter(tmp_path, case, exponent):
 
 
 def test_tensors_longer_than_a_piece_and_scalars_are_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(averaging, "_ELEMENTS_PER_PIECE", 64)
+    monkeypatch.setattr(mean_plan, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(mean_plan, "_ELEMENTS_AT_ONCE", 10)
     generator = torch.Generator().manual_seed(0)
     shapes = {"matrix": (37, 5), "cube": (3, 4, 5), "empty": (0, 4), "scalar": (), "vector": (7,)}
     models = [

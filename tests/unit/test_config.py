@@ -90,7 +90,7 @@ def test_the_recipe_of_these_tests_is_valid_and_frozen() -> None:
         ("scorers.bm25.k3", "scorers.bm25.bm25.k3", "b, k1, kind, tokenizer"),
         ("train.1.stpes", "train.1.stpes", "seed, steps, threads_per_worker"),
         ("train.0.optimizer.learning_rate", "train.0.optimizer.learning_rate", "eps, lr, name"),
-        ("average.inputs.0.stp", "average.inputs.0.stp", "model, phase, step, weight"),
+        ("average.inputs.0.stp", "average.inputs.0.stp", "best, last, metric, model, phase, source, step"),
         ("evaluate.systems.start.modle", "evaluate.systems.start.modle", "ensemble, index, model, scorer"),
         ("serve.search.prbes", "serve.search.prbes", "candidates, probes, rerank"),
     ],
@@ -206,6 +206,39 @@ def test_a_phase_starts_from_an_earlier_one() -> None:
 def test_an_average_input_has_one_origin() -> None:
     for item in ({"phase": "pre", "model": "m@v1"}, {}):
         assert "exactly one of 'phase' and 'model'" in refused("average.inputs", [item])
+
+
+BEST = {"phase": "pre", "best": 2, "source": "train", "metric": "R@1"}
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (BEST | {"last": 2}, "one of 'step', 'last' and 'best'"),
+        ({"phase": "pre", "step": 10, "last": 2}, "one of 'step', 'last' and 'best', not ['step', 'last']"),
+        ({"model": "m@v1", "last": 2}, "last: of a phase, not of a model"),
+        ({"phase": "pre", "best": 2, "source": "train"}, "'best' needs 'source' and 'metric'"),
+        ({"phase": "pre", "best": 2, "metric": "R@1"}, "'best' needs 'source' and 'metric'"),
+        ({"phase": "pre", "last": 2, "metric": "R@1"}, "say what is 'best', which is not given"),
+        (BEST | {"metric": "nDCG"}, "a metric at a rank is expected"),
+        (BEST | {"source": "nope"}, "average.inputs.0.source: no data source 'nope'"),
+        ({"phase": "pre", "last": 0}, "greater than or equal to 1"),
+        ({"phase": "post", "last": 2}, "inputs.0.last: 2, but phase 'post' publishes its last step only"),
+        (BEST | {"phase": "post"}, "average.inputs.0.best: 2, but phase 'post' publishes its last"),
+    ],
+)
+def test_the_last_and_the_best_steps_are_asked_for_in_one_way(item: dict[str, Any], message: str) -> None:
+    assert message in refused("average.inputs", [item])
+
+
+def test_published_steps() -> None:
+    steps = {}
+    for length, every in ((20, 10), (25, 10), (5, 10), (20, None)):
+        tree = with_value("train.0.steps", length)
+        tree["train"][0]["checkpoint"] = {"publish_every_steps": every}
+        tree["average"] = {"inputs": [{"phase": "pre"}]}
+        steps[length, every] = parse_recipe(tree).train[0].published_steps
+    assert steps == {(20, 10): (10, 20), (25, 10): (10, 20, 25), (5, 10): (5,), (20, None): (20,)}
 
 
 @pytest.mark.parametrize(("step", "published"), [(7, "every 5 steps and its last"), (0, "every 5 steps")])
