@@ -37,6 +37,7 @@ from cluster.training_log import RunLog, StepRecord
 from cluster.training_step import UnitObjective, UnitOutcome, UnitWork
 from cluster.training_trackers import open_trackers
 from cluster.training_units import TokenisedUnit, UnitSource, UnitStream
+from colbert_core.allocator import release_freed_memory
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ConfigError, RaycolbertError, TrainingError, VersionExists
 from colbert_core.formats import save_model
@@ -44,6 +45,8 @@ from colbert_core.formats import save_model
 # ray.train.report makes all workers wait for the controller, which looks every 2 seconds.
 REPORT_S = 15.0
 RECENT_STEPS = 50
+# Activations of ever other sizes leave gaps between what stays: on a CPU a worker would double in size.
+RELEASE_EVERY_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,8 @@ class TrainingLoop:
             due = True
         if due:
             self._begin_save()
+        if step % RELEASE_EVERY_STEPS == 0 and self._engine.device.type == "cpu":
+            release_freed_memory()
         if due or figures.report_due:
             ray.train.report({**record.scalars(), "step": step})
             self._last_report = time.monotonic()
