@@ -1,0 +1,1 @@
+"""Measurements against peers; each program prints a table. See CONTRIBUTING.md."""

@@ -1,0 +1,99 @@
+"""One JSON object a line, over standard input and output: how a benchmark drives a peer.
+
+A peer runs in an environment of its own, so this module needs nothing but Python. The driver decides
+when each peer works: of several peers that take turns, only one computes at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class PeerError(RuntimeError):
+    """A peer answered with an error, or died; the message holds its traceback."""
+
+
+class Peer:
+    """A program in another process, and maybe another environment. Use as a context manager.
+
+    Args:
+        name: what to call it.
+        python: the interpreter of its environment.
+        module: what it runs; it calls :func:`serve`.
+        environment: variables to set.
+    """
+
+    def __init__(self, name: str, python: str, module: str, environment: Mapping[str, str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [python, "-m", module],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def call(self, command: str, **arguments: Any) -> Any:
+        """Runs a command there and waits for its result.
+
+        Raises:
+            PeerError: the command failed, or the process died.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise PeerError(f"{self.name} is not running any more") from None
+        line = self._process.stdout.readline()
+        if not line:
+            raise PeerError(f"{self.name} died in {command!r} with status {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise PeerError(f"{self.name}: {command!r} failed:\n{answer['error']}")
+        return answer["result"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
+    """Answers commands until standard input ends; what libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"result": handlers[request.pop("command")](**request)}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
