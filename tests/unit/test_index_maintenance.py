@@ -225,10 +225,10 @@ from colbert_core.index import add_documents, compact_index, delete_documents, o
 directory = Path(sys.argv[1])
 rng = np.random.default_rng()
 ids = [f"d{i}" for i in range(40)]
-print("ready", flush=True)
 while True:
     vectors = rng.standard_normal((80, 32)).astype("f4")
     add_documents(directory, ids, vectors, [2] * 40, replace=True)
+    print("changed", flush=True)
     delete_documents(directory, ids[::2])
     compact_index(directory, directory.parent / f"compact-{rng.integers(1 << 62)}")
 """
@@ -246,14 +246,13 @@ def test_a_killed_change_leaves_the_index_whole(tmp_path: Path) -> None:
             [sys.executable, "-c", CHANGER, str(directory)], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.3 + moments.random())
+        assert process.stdout.readline() == "changed\n"
+        time.sleep(moments.random())
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
         found = ids_of(directory) - set(BUILT.ids)
-        assert found in (set(), {f"d{i}" for i in range(40)}, {f"d{i}" for i in range(1, 40, 2)})
-    assert len(list((directory / "generations").glob("*.json"))) > 0
+        assert found in ({f"d{i}" for i in range(40)}, {f"d{i}" for i in range(1, 40, 2)})
     for compacted in tmp_path.glob("compact-*"):
         assert set(BUILT.ids) <= ids_of(compacted)
 
