@@ -162,9 +162,13 @@ def read_settings(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
         "do_lower_case": bool(transformer.get("do_lower_case", False)),
     }
     mask_folders = [folder for kind, folder in _modules(directory) if kind == "MultiVectorMask"]
-    if "query_expansion" in transformer or mask_folders:
-        values |= _expansion_settings(transformer.get("query_expansion"), transformer, transformer_file)
-        values["document_length"] = transformer.get("document_length") or transformer.get("max_seq_length")
+    is_prompt = "query_expansion" in transformer or bool(mask_folders)
+    if is_prompt:
+        longest = transformer.get("max_seq_length") or _longest(backbone_folder(directory), tokenizer)
+        values |= _expansion_settings(
+            transformer.get("query_expansion"), transformer.get("query_length") or longest, transformer_file
+        )
+        values["document_length"] = transformer.get("document_length") or longest
         prompts = settings.get("prompts") or {}
         prefixes = {"query": prompts.get("query"), "document": prompts.get("document")}
         mask = read_object(directory / mask_folders[0] / "config.json") if mask_folders else {}
@@ -183,6 +187,12 @@ def read_settings(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
         skiplist = settings.get("skiplist_words", list(string.punctuation))
     for side in _SIDES:
         values[f"{side}_marker"] = _marker(prefixes[side], side, tokenizer, path)
+        # PyLate inserts the token; sentence-transformers puts the text in front, and may cut it up.
+        if is_prompt and len(pieces := tokenizer.tokenize(prefixes[side])) != 1:
+            raise ModelError(
+                f"{path}: the tokenizer makes {' '.join(pieces)} of the {side} prompt {prefixes[side]!r}; "
+                "this model has markers of one token, not text prompts"
+            )
     values["skip_punctuation"] = _skips_punctuation(skiplist, directory)
     return values
 
@@ -236,10 +246,16 @@ def _dense_matrix(folder: Path) -> Tensor:
     return weight + tensors["residual.weight"]
 
 
-def _expansion_settings(expansion: Any, transformer: dict[str, Any], path: Path) -> dict[str, Any]:
+def _longest(directory: Path, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The length that sentence-transformers cuts texts to where its files name none."""
+    positions = read_object(directory / "config.json").get("max_position_embeddings")
+    limits = [limit for limit in (positions, tokenizer.model_max_length) if isinstance(limit, int)]
+    return min(limits, default=None)
+
+
+def _expansion_settings(expansion: Any, longest: int | None, path: Path) -> dict[str, Any]:
     if expansion is None:
-        length = transformer.get("query_length") or transformer.get("max_seq_length")
-        return {"expand_queries": False, "query_length": length}
+        return {"expand_queries": False, "query_length": longest}
     if not isinstance(expansion, dict) or expansion.get("strategy") != "fixed":
         raise ModelError(f"{path}: query_expansion {expansion!r}: only the strategy 'fixed' is supported")
     if expansion.get("token") is not None:

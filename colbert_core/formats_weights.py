@@ -128,7 +128,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def load_backbone(directory: Path, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
     """Builds the encoder of ``directory/config.json`` around weights.
 
-    Keys may carry the architecture's base prefix ("bert." and so on) or not. A pooler that the weights
+    Keys may carry the architecture's base prefix ("bert." and so on) or not, and layer norms the names of
+    the first BERTs (gamma, beta). A pooler that the weights
     lack is left out of the model. fp32 weights are used where they are: tensors mapped from a file stay
     so until they are written to, and the replicas on a machine share its pages.
 
@@ -150,7 +151,7 @@ def load_backbone(directory: Path, tensors: Mapping[str, Tensor]) -> PreTrainedM
     prefix = f"{backbone.base_model_prefix}."
     stripped = any(key.startswith(prefix) and key.removeprefix(prefix) in expected for key in tensors)
     given = {
-        (key.removeprefix(prefix) if stripped else key): tensor
+        _present_name(key.removeprefix(prefix) if stripped else key): tensor
         for key, tensor in tensors.items()
         if key != LINEAR_KEY
     }
@@ -175,6 +176,14 @@ def load_backbone(directory: Path, tensors: Mapping[str, Tensor]) -> PreTrainedM
     weights = {key: _as_stored(given[key], like=tensor) for key, tensor in expected.items()}
     backbone.load_state_dict(weights, assign=True)
     return backbone.eval()
+
+
+def _present_name(key: str) -> str:
+    """The key that AutoModel gives a layer norm of the first BERTs; transformers 5.3 writes these again."""
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        if key.endswith(old):
+            return key.removesuffix(old) + new
+    return key
 
 
 def _as_stored(tensor: Tensor, like: Tensor) -> Tensor:

@@ -9,9 +9,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from cluster.artifacts import ArtifactRef
+from cluster.averaging import mean_pieces
+from cluster.published_model import published_model
+from cluster.registry import Registry
 from cluster.storage import open_store
-from colbert_core.errors import StorageError
+from colbert_core.averaging import average_models
+from colbert_core.errors import IntegrityError, StorageError
 from tests.fault_cases import CASES, OUTAGES, Case
 from tests.fault_matrix import DOCUMENT, Result, document, run
 from tests.fault_proxy import Fault, FaultProxy, Kind
@@ -98,6 +105,34 @@ def test_parallel_download_survives_broken_parts(
                 store.download("f", target)
             assert fault.hits == 2
             assert target.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["break_body", "shorten_body", "flip_body", "refuse", "error"])
+def test_a_mean_survives_broken_blocks(s3_server: S3Server, bucket: str, tmp_path: Path, kind: Kind) -> None:
+    refs = [ArtifactRef("models", "ja", version) for version in ("v1", "v2")]
+    root, source = f"s3://{bucket}/mean-{kind}", tmp_path / "model"
+    source.mkdir()
+    save_file({"w": torch.randn(2_500_000)}, source / "model.safetensors")
+    direct = Registry.open(s3_server.storage(root, cache_dir=str(tmp_path / "cache")))
+    for ref in refs:
+        direct.publish(ref, source)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        config = direct.store.config.model_copy(update={"endpoint_url": proxy.url, "request_timeout_s": 5})
+        faulty = Registry.open(config)
+        models = [published_model(faulty, ref) for ref in refs]
+        # A block that is damaged twice counts as damaged in storage.
+        times = 1 if kind in ("flip_body", "shorten_body") else 2
+        with proxy.fault(Fault(kind, ("GET",), "model.safetensors", times=times)) as fault:
+            average_models(models, [1.0, 1.0], tmp_path / "mean", mean_pieces)
+        assert fault.hits == times
+        mean = (tmp_path / "mean" / "model.safetensors").read_bytes()
+        assert mean[-10_000_000:] == (source / "model.safetensors").read_bytes()[-10_000_000:]
+        with (
+            proxy.fault(Fault("flip_body", ("GET",), "v2/files/model.safetensors", times=None)),
+            pytest.raises(IntegrityError, match=r"v2/files/model\.safetensors .* do not match their SHA-256"),
+        ):
+            average_models(models, [1.0, 1.0], tmp_path / "damaged", mean_pieces)
+        assert not (tmp_path / "damaged").exists()
 
 
 def test_the_document_has_these_rows() -> None:

@@ -272,10 +272,20 @@ def test_a_sentence_transformers_6_directory_is_read(models, copied):
         json.dumps({"model_type": "MultiVectorEncoder", "similarity_fn_name": "maxsim",
                     "prompts": {"query": "[unused2] ", "document": "[unused1] "}})
     )  # fmt: skip
+    with pytest.raises(ModelError, match=r"makes \[ u.* \] of the query prompt '\[unused2\] '"):
+        load_model(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[unused1]", "[unused2]"]})
+    tokenizer.save_pretrained(directory)
     settings = load_model(directory).config
     assert settings.query_marker == "[unused2]" and settings.document_marker == "[unused1]"
     assert (settings.query_length, settings.document_length) == (24, 99)
     assert settings.attend_to_expansion and settings.expand_queries and settings.skip_punctuation
+    # Without lengths it cuts at what the model has positions for.
+    (directory / "sentence_bert_config.json").write_text("{}")
+    settings = load_model(directory).config
+    assert (settings.query_length, settings.document_length, settings.expand_queries) == (512, 512, False)
+    edit(directory / "sentence_bert_config.json", query_expansion=expansion)
     edit(
         directory / "config_sentence_transformers.json", prompts={"query": "query: ", "document": "[unused1]"}
     )
@@ -301,6 +311,18 @@ def test_weights_without_a_pooler_load_and_save_without_one(models, copied, tmp_
     same_vectors(loaded, models("bert"))
     save_model(loaded, tmp_path / "again")
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == weights.keys()
+
+
+def test_layer_norms_may_have_the_names_of_the_first_berts(models, copied):
+    """Released BERTs have them, and transformers 5.3, which PyLate 1.6 wants, writes them again."""
+    path = copied / "model.safetensors"
+    older = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for key, value in load_file(path).items()
+    }
+    assert any(key.endswith("LayerNorm.gamma") for key in older)
+    save_file(older, path)
+    same_vectors(load_model(copied), models("bert"))
 
 
 def test_sharded_weights_are_read(models, copied):
