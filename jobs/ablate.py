@@ -78,7 +78,7 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
     outcome.details.update(
         variants=study.variants(),
         seeds=list(study.seeds),
-        models=_by_variant((trial, str(trial.ref)) for trial in trials),
+        models={str(trial): str(trial.ref) for trial in trials},
         failed=failed,
         scores={},
         intervals={},
