@@ -188,7 +188,7 @@ def read_settings(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
     for side in _SIDES:
         values[f"{side}_marker"] = _marker(prefixes[side], side, tokenizer, path)
         # PyLate inserts the token; sentence-transformers puts the text in front, and may cut it up.
-        if is_prompt and len(pieces := tokenizer.tokenize(prefixes[side])) != 1:
+        if is_prompt and len(pieces := tokenizer.tokenize(str(prefixes[side]))) != 1:
             raise ModelError(
                 f"{path}: the tokenizer makes {' '.join(pieces)} of the {side} prompt {prefixes[side]!r}; "
                 "this model has markers of one token, not text prompts"
