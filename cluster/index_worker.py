@@ -141,7 +141,7 @@ class IndexWorker:
         """Compresses a shard's vectors, stages its files, and notes that it is done."""
         chunks = [chunk for chunk in self._area.chunks() or () if chunk.shard == shard]
         with TemporaryDirectory(prefix="raycolbert-shard-") as folder:
-            directory = f"shards/{shard:05d}"
+            directory = self._directory(shard)
             local = Path(folder) / directory
             summary = self._write_shard(local, chunks)
             files = sorted(path.relative_to(folder).as_posix() for path in local.rglob("*") if path.is_file())
@@ -149,6 +149,10 @@ class IndexWorker:
                 self._staged.upload(path, Path(folder) / path)
         summary |= {"directory": directory, "files": files}
         self._area.write_json(self._area.shard_key(shard), summary)
+
+    def _directory(self, shard: int) -> str:
+        """Where a shard belongs in the index."""
+        return f"shards/{shard:05d}"
 
     def _write_shard(self, directory: Path, chunks: Sequence[Chunk]) -> dict[str, Any]:
         """Writes a shard into a directory, one chunk after another."""

@@ -97,6 +97,76 @@ def index(
     launch("index", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
 
 
+IndexOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME@ALIAS", help="version or alias; default: serve.index, index.name@production"),
+]
+PromoteOption = Annotated[
+    bool, typer.Option("--promote", help="point the alias to the new version, if nobody moved it meanwhile")
+]
+
+
+@app.command("update_index")
+def update_index(
+    recipe: RecipePath,
+    index: IndexOption = None,
+    add: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Parquet or JSONL of documents to add, as in data.sources"),
+    ] = None,
+    delete: Annotated[
+        str | None, typer.Option(metavar="FILE", help="text file of ids to delete, one a line")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="added documents replace those with the same id")
+    ] = False,
+    promote: PromoteOption = False,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Add documents to a published index and delete some from it: a new version; paths as in the recipe."""
+    launch(
+        "update_index",
+        recipe,
+        overrides or (),
+        address=address,
+        as_json=as_json,
+        debug=debug,
+        index=index,
+        add=add,
+        delete=delete,
+        replace=replace,
+        promote=promote,
+    )
+
+
+@app.command("compact_index")
+def compact_index(
+    recipe: RecipePath,
+    index: IndexOption = None,
+    shards: Annotated[int | None, typer.Option(help="default: as many as the build made")] = None,
+    promote: PromoteOption = False,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a changed index anew, without its deleted documents and delta shards: a new version."""
+    launch(
+        "compact_index",
+        recipe,
+        overrides or (),
+        address=address,
+        as_json=as_json,
+        debug=debug,
+        index=index,
+        shards=shards,
+        promote=promote,
+    )
+
+
 @app.command("evaluate")
 def evaluate(
     recipe: RecipePath,

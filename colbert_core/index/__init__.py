@@ -6,8 +6,11 @@ from colbert_core.index.filters import Filter
 from colbert_core.index.maintenance import (
     Drift,
     add_documents,
+    check_metadata,
+    commit_change,
     compact_index,
     delete_documents,
+    known_documents,
     measure_drift,
 )
 from colbert_core.index.merge import Hit, PartialHits, merge_hits
@@ -27,9 +30,12 @@ __all__ = [
     "ShardManifest",
     "ShardWriter",
     "add_documents",
+    "check_metadata",
+    "commit_change",
     "compact_index",
     "default_centroids",
     "delete_documents",
+    "known_documents",
     "measure_drift",
     "merge_hits",
     "open_index",

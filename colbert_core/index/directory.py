@@ -149,6 +149,19 @@ def current_generation(directory: Path, codec: Codec) -> Generation:
     return generation
 
 
+def generation_files(directory: Path, generation: Generation) -> list[str]:
+    """Paths of all files that a generation consists of, relative to the index; those of absent shards are
+    left out.
+    """
+    folders = ["codec", *(entry.path for entry in generation.shards)]
+    files = [path for folder in folders for path in (directory / folder).rglob("*") if path.is_file()]
+    found = [path.relative_to(directory).as_posix() for path in files]
+    found += [entry.tombstones for entry in generation.shards if entry.tombstones is not None]
+    if generation.number:
+        found.append(f"generations/{generation.number:05d}.json")
+    return sorted(found)
+
+
 def write_generation(directory: Path, generation: Generation) -> None:
     """Makes a generation the current one; its files must be in place.
 

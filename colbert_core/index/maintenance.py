@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,48 @@ def add_documents(
     return replaced
 
 
-def compact_index(source: str | Path, target: str | Path, shards: int | None = None) -> Generation:
+def known_documents(directory: str | Path, ids: Sequence[str]) -> set[str]:
+    """Those of the ids that an index holds, deleted ones left out."""
+    return set(_Change(Path(directory)).known(ids))
+
+
+def check_metadata(directory: str | Path, schema: pa.Schema | None) -> None:
+    """Checks that additions with these metadata columns fit an index.
+
+    Raises:
+        DataError: they are not the columns that the index has.
+    """
+    directory = Path(directory)
+    table = schema.empty_table() if schema is not None else None
+    _check_columns(open_shards(directory, Codec.load(directory / "codec")), table)
+
+
+def commit_change(
+    directory: str | Path, name: str, *, deleted: Sequence[str] = (), delta: ShardEntry | None = None
+) -> Generation:
+    """Makes an index's next generation: some documents deleted, and a delta shard that was written elsewhere.
+
+    Args:
+        directory: an index; the files of ``delta`` need not be there yet.
+        name: of the change's files; the same change under the same name leaves the same bytes.
+        deleted: external ids; unknown and already deleted ones are passed over.
+        delta: the shard, whose documents are not among those that stay.
+
+    Raises:
+        IndexFormatError: the index was changed meanwhile.
+    """
+    change = _Change(Path(directory), name)
+    change.delete(deleted)
+    return change.commit(*([] if delta is None else [delta]))
+
+
+def compact_index(
+    source: str | Path,
+    target: str | Path,
+    shards: int | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Generation:
     """Writes the live documents of an index as a new index with the same codec.
 
     The result is, byte for byte, what a build of these documents with this codec writes.
@@ -114,6 +155,7 @@ def compact_index(source: str | Path, target: str | Path, shards: int | None = N
         source: an index.
         target: directory to make.
         shards: number of shards; as many as ``source`` had before additions, if None.
+        progress: called with the documents that have been copied since the last call.
 
     Returns:
         The new index's first generation, which is not written: a directory as the build leaves it.
@@ -136,7 +178,7 @@ def compact_index(source: str | Path, target: str | Path, shards: int | None = N
             for number in range(count)
         ]
         for shard in opened:
-            _copy_live(shard, writers)
+            _copy_live(shard, writers, progress)
         for writer in writers:
             writer.finish()
     staging.rename(target)
@@ -158,7 +200,7 @@ def measure_drift(shards: Sequence[Shard]) -> Drift:
 class _Change:
     """A change on its way from one generation to the next."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str | None = None) -> None:
         self.directory = directory
         self.codec = Codec.load(directory / "codec")
         generation = current_generation(directory, self.codec)
@@ -166,7 +208,7 @@ class _Change:
         self.generation = with_counts(generation, self.shards)
         self.number = generation.number + 1
         # Two changes may begin at the same generation; only one will end it, each has files of its own.
-        self.name = f"{self.number:05d}-{secrets.token_hex(4)}"
+        self.name = f"{self.number:05d}-{name or secrets.token_hex(4)}"
         self._deleted: dict[int, NDArray[np.bool_]] = {}
 
     def known(self, ids: Sequence[str]) -> list[str]:
@@ -192,8 +234,8 @@ class _Change:
                 count += len(place)
         return count
 
-    def commit(self, *added: ShardEntry) -> None:
-        """Makes the change visible, or removes its files.
+    def commit(self, *added: ShardEntry) -> Generation:
+        """Makes the change visible, or removes its files; returns the new generation.
 
         Raises:
             IndexFormatError: the index was changed meanwhile.
@@ -210,6 +252,7 @@ class _Change:
             for path in (folder, *(self.directory / entry.path for entry in added)):
                 shutil.rmtree(path, ignore_errors=True)
             raise
+        return generation
 
 
 def _check_columns(shards: Sequence[Shard], metadata: pa.Table | None) -> None:
@@ -228,7 +271,7 @@ def _check_columns(shards: Sequence[Shard], metadata: pa.Table | None) -> None:
         return
 
 
-def _copy_live(shard: Shard, writers: Sequence[ShardWriter]) -> None:
+def _copy_live(shard: Shard, writers: Sequence[ShardWriter], progress: Callable[[int], None] | None) -> None:
     """Hands the live documents of a shard to the writers that their ids belong to."""
     live = np.flatnonzero(shard.live)
     for start in range(0, len(live), COMPACTION_DOCUMENTS):
@@ -244,3 +287,5 @@ def _copy_live(shard: Shard, writers: Sequence[ShardWriter]) -> None:
             writers[home].add_encoded(
                 [names[int(i)] for i in np.flatnonzero(homes == home)], tokens, lengths, table
             )
+        if progress is not None:
+            progress(len(documents))
