@@ -1,0 +1,125 @@
+"""A training set larger than Ray's object store is streamed in memory that does not grow."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray._private.internal_api import node_stats
+from transformers import AutoTokenizer
+
+from cluster.streams import ROW_GROUP_TUPLES, TupleIndex, UnitSchedule, tuple_schema
+from cluster.training_units import UnitSource, UnitStream, pack_unit
+from colbert_core.config import ColBERTConfig
+from colbert_core.text import TextProcessor
+from tests.tiny_models import tiny_bert_dir
+
+MB = 2**20
+STORE_MB = 80
+FILES_MB = 160
+NWAY, MICRO_BATCH, DOCUMENT_LENGTH = 32, 16, 300
+# A passage is this many words of one letter, and then a long word that is one unknown token.
+WORDS, CHARACTERS = DOCUMENT_LENGTH, 4_000
+
+
+@pytest.fixture(scope="module")
+def training_set(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two files, uncompressed, in row groups of the usual size."""
+    folder = tmp_path_factory.mktemp("large")
+    source = random.Random(0)
+    filler = CHARACTERS - 2 * WORDS
+    passages = [
+        " ".join(source.choices("abcdefgh", k=WORDS)) + " " + source.randbytes(filler // 2).hex()
+        for _ in range(256)
+    ]
+    groups = -(-FILES_MB * MB // (ROW_GROUP_TUPLES * NWAY * CHARACTERS))
+    scores = [[float(i) for i in range(NWAY)]] * ROW_GROUP_TUPLES
+    paths = []
+    for file in range(2):
+        paths.append(str(folder / f"part-{file}.parquet"))
+        with pq.ParquetWriter(paths[-1], tuple_schema(), compression="none", use_dictionary=False) as writer:
+            for group in range(file, groups, 2):
+                chosen = [source.choices(passages, k=NWAY) for _ in range(ROW_GROUP_TUPLES)]
+                rows = {"query": [f"red {group}"] * len(chosen), "documents": chosen, "scores": scores}
+                writer.write_table(pa.table(rows, schema=tuple_schema()))
+    assert sum(Path(path).stat().st_size for path in paths) >= FILES_MB * MB
+    return paths
+
+
+@pytest.fixture(scope="module")
+def small_store() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=3,
+        object_store_memory=STORE_MB * MB,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="WARNING",
+    )
+    yield
+    ray.shutdown()
+
+
+@dataclass
+class Memory:
+    """Megabytes in use at one moment.
+
+    Attributes:
+        store: objects in the object store.
+        spilled: objects written to disk so far, for want of room.
+        own: this process, without what it shares.
+        readers: the processes that read and tokenise.
+    """
+
+    store: float
+    spilled: float
+    own: float
+    readers: float
+
+    @classmethod
+    def now(cls) -> Memory:
+        (node,) = ray.nodes()
+        stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
+        readers = [p for p in psutil.Process().children(recursive=True) if "UnitReader" in p.name()]
+        assert readers, "no reader is running"
+        return cls(
+            store=stats.object_store_bytes_used / MB,
+            spilled=stats.spilled_bytes_total / MB,
+            own=psutil.Process().memory_full_info().uss / MB,
+            readers=sum(process.memory_full_info().uss for process in readers) / MB,
+        )
+
+
+def test_a_training_set_larger_than_the_object_store_is_streamed_in_flat_memory(
+    training_set: list[str], small_store: None, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert_dir(tmp_path / "bert"))
+    text = TextProcessor(tokenizer, ColBERTConfig(document_length=DOCUMENT_LENGTH))
+    source = UnitSource(TupleIndex(training_set), text, NWAY)
+    schedule = UnitSchedule(source.index.tuples, MICRO_BATCH, MICRO_BATCH, seed=1)
+    stream = UnitStream(source, schedule, rank=0, workers=1, start=0, stop=schedule.units, readers=2)
+    seen: list[int] = []
+    streamed = 0
+    samples: list[Memory] = []
+    for step, (unit,) in stream:
+        seen.append(unit.slot.unit)
+        assert all(len(ids) == DOCUMENT_LENGTH for ids in unit.documents.ids)
+        streamed += pack_unit(unit).nbytes
+        if step % 4 == 3:
+            samples.append(Memory.now())
+    assert sorted(seen) == list(range(schedule.units))
+    # Of what goes through the object store, a part is in it at a time.
+    held = max(sample.store for sample in samples)
+    assert held < streamed / MB / 2, f"{held:.0f} MB were in the store, of {streamed / MB:.0f} in all"
+    assert max(sample.spilled for sample in samples) == 0
+    early, late = samples[2 : len(samples) // 2], samples[len(samples) // 2 :]
+    for name in ("own", "readers"):
+        before, after = (max(getattr(sample, name) for sample in part) for part in (early, late))
+        assert after - before < 16, f"{name} grew from {before:.0f} to {after:.0f} MB"
