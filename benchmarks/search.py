@@ -1,0 +1,359 @@
+"""Search engines over their own quality settings, on the same token vectors, against exact MaxSim.
+
+``python -m benchmarks.search --data DIR --model DIR-OR-NAME@ALIAS [--root STORAGE] --cache DIR
+--peer-python tachiom=PATH --peer-python fast-plaid=PATH --peer-python xtr-warp-rs=PATH``, where DIR holds
+``jaquad`` and ``jsquad`` in BEIR layout and PATH is the interpreter of an environment with that engine.
+``--vectors N`` recombines the vectors to N (made-up data, named so in the results). ``--quick`` takes the
+sample corpus, an untrained model and no peers.
+
+Texts are encoded once, float16, and kept under ``--cache``; every engine gets these bytes. Recall is the
+share of the exact MaxSim's best k that an engine returns, nDCG@10 is by human labels. Each index is built by
+a process of its own and searched by another, with ``--threads`` threads; the engines take turns, setting by
+setting, in every round. A single query's latency is that of one call with one query; batched QPS is of one
+call with all of them. Medians over the rounds. Memory is the peak resident set of the process: imports, and
+what it has mapped from disk, included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.support.line_protocol import Peer
+from benchmarks.support.results import Goal, finish
+from benchmarks.support.search_files import VectorFiles
+from benchmarks.support.search_plot import plot
+from benchmarks.support.search_vectors import encoded, exact_ranking, real_texts, recombined, sample_texts
+from colbert_core.metrics import evaluate_run
+
+OURS, OURS_MODULE = "raycolbert", "benchmarks.support.search_ours"
+PEERS_MODULE = "benchmarks.support.search_peers"
+DEPTHS = (10, 100)
+LEVELS = (0.80, 0.85, 0.90, 0.95, 0.98)
+
+Settings = dict[str, Any]
+
+console = Console(width=150)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine with one index, and the settings that it is searched with.
+
+    Attributes:
+        label: what the table calls it.
+        engine: name of the program or peer.
+        build: settings of the index.
+        searches: quality settings.
+    """
+
+    label: str
+    engine: str
+    build: Settings
+    searches: tuple[Settings, ...]
+
+
+def our_contenders(bits: Sequence[int], cuts: Sequence[tuple[int, int, int]]) -> list[Contender]:
+    """This project's index with residuals of so many bits, over probes, candidates and rerank."""
+    searches = tuple(dict(zip(("probes", "candidates", "rerank"), cut, strict=True)) for cut in cuts)
+    return [Contender(f"{OURS} {b}-bit", OURS, {"residual_bits": b}, searches) for b in bits]
+
+
+CUTS = (
+    (2, 200, 50),
+    (4, 400, 100),
+    (8, 500, 100),
+    (8, 1000, 200),
+    (16, 1000, 200),
+    (16, 2000, 400),
+    (32, 2000, 400),
+    (32, 4000, 1000),
+    (64, 8000, 2000),
+)
+
+
+def peer_contenders() -> dict[str, Contender]:
+    """The peers at their defaults, and to both sides of them; tachiom chooses its number of centroids."""
+    refined: tuple[Settings, ...] = (
+        {"k_centroids": 10, "ef_search": 15, "k_docs_to_score": 200},
+        {},
+        {"k_centroids": 30, "ef_search": 45},
+        {"k_centroids": 40, "ef_search": 60, "k_docs_to_score": 1000, "alpha": None},
+        {"k_centroids": 80, "ef_search": 120, "k_docs_to_score": 2000, "alpha": None},
+        {"k_centroids": 160, "ef_search": 240, "k_docs_to_score": 4000, "alpha": None},
+    )
+    probed = ((4, 512), (8, 1024), (8, 4096), (16, 8192), (32, 16384))
+    warped: tuple[Settings, ...] = ({}, {"nprobe": 16}, {"nprobe": 32}, {"nprobe": 64, "bound": 256})
+    found = (
+        Contender("tachiom", "tachiom", {}, refined),
+        Contender(
+            "fast-plaid 4-bit",
+            "fast-plaid",
+            {"nbits": 4},
+            tuple({"n_ivf_probe": probes, "n_full_scores": scores} for probes, scores in probed),
+        ),
+        Contender("xtr-warp-rs 4-bit", "xtr-warp-rs", {"nbits": 4}, warped),
+    )
+    return {contender.engine: contender for contender in found}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Search engines on the same token vectors.")
+    parser.add_argument("--quick", action="store_true", help="the sample corpus, no peers, one round")
+    parser.add_argument("--data", type=Path, help="folder with jaquad and jsquad; default: the samples")
+    parser.add_argument("--model", help="directory, or NAME@VERSION-or-alias; default: an untrained one")
+    parser.add_argument("--root", help="storage of a published model")
+    parser.add_argument("--cache", type=Path, help="keeps encoded vectors; default: nothing is kept")
+    parser.add_argument("--vectors", type=int, help="recombine the vectors to so many")
+    parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help="repeatable")
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    pythons = dict(item.split("=", 1) for item in options.peer_python)
+    peers = peer_contenders()
+    if unknown := set(pythons) - set(peers):
+        parser.error(f"--peer-python: no peer {', '.join(sorted(unknown))}; there are {', '.join(peers)}")
+    rounds, questions = (1, 60) if options.quick else (options.rounds, options.questions)
+    with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as folder:
+        cache = options.cache or Path(folder) / "cache"
+        texts = real_texts(options.data, questions) if options.data else sample_texts(questions)
+        files = encoded(texts, options.model, options.root, cache)
+        if options.vectors:
+            files = recombined(files, options.vectors, cache)
+        exact = exact_ranking(files)
+        ours = our_contenders((4, 8), CUTS[1::3]) if options.quick else our_contenders((2, 4, 8), CUTS)
+        contenders = [*ours, *(peers[name] for name in pythons)]
+        bench = Benchmark(files, exact, texts.relevant, Path(folder), options.threads)
+        bench.run(contenders, pythons, rounds)
+    goals = bench.goals()
+    results = {"exact_ndcg@10": bench.exact_ndcg, "engines": bench.engines, "curves": bench.rows}
+    console.print(bench.curve_table(), bench.engine_table())
+    name = "search" + (f"-{options.vectors}" if options.vectors else "")
+    plot(name, bench.rows, quick=options.quick, console=console)
+    return finish(
+        name,
+        settings={"set": files.about, "threads": options.threads, "rounds": rounds, "peers": bench.versions},
+        results=results,
+        goals=goals,
+        console=console,
+        quick=options.quick,
+    )
+
+
+class Benchmark:
+    """The measurements, and what they found.
+
+    Attributes:
+        rows: a reading for each engine and setting.
+        engines: figures of each engine's index.
+        versions: of each engine's libraries.
+        exact_ndcg: nDCG@10 of the exact ranking.
+    """
+
+    def __init__(
+        self,
+        files: VectorFiles,
+        exact: np.ndarray,
+        relevant: Sequence[Mapping[int, int]],
+        folder: Path,
+        threads: int,
+    ) -> None:
+        self._files, self._exact, self._folder, self._threads = files, exact, folder, threads
+        self._relevant = {
+            str(q): {str(key): label for key, label in labels.items()} for q, labels in enumerate(relevant)
+        }
+        self.rows: list[dict[str, Any]] = []
+        self.engines: dict[str, dict[str, float]] = {}
+        self.versions: dict[str, dict[str, str]] = {}
+        self.exact_ndcg = self._ndcg(exact[:, :10])
+
+    def run(self, contenders: Sequence[Contender], pythons: Mapping[str, str], rounds: int) -> None:
+        """Builds all indexes, then searches them in turn."""
+        for contender in track(contenders, "building", console=console, transient=True):
+            with self._process(contender, pythons) as process:
+                self.versions[contender.engine] = process.call("versions")
+                built = process.call(
+                    "build",
+                    folder=str(self._files.folder),
+                    index=str(self._index(contender)),
+                    settings=contender.build,
+                    threads=self._threads,
+                )
+            size = built["bytes"]
+            self.engines[contender.label] = {
+                "build_s": built["seconds"],
+                "build_cpu_s": built["cpu_seconds"],
+                "build_peak_mb": built["peak_mb"],
+                "size_mb": size / 2**20,
+                "bytes_per_token": size / len(self._files.vectors),
+            }
+        with ExitStack() as stack:
+            processes = {}
+            for contender in contenders:
+                process = stack.enter_context(self._process(contender, pythons))
+                seconds = process.call(
+                    "open",
+                    folder=str(self._files.folder),
+                    index=str(self._index(contender)),
+                    threads=self._threads,
+                )
+                self.engines[contender.label]["open_s"] = seconds
+                processes[contender.label] = process
+            self._search(contenders, processes, rounds)
+            for label, process in processes.items():
+                self.engines[label]["search_peak_mb"] = process.call("peak_mb")
+        shutil.rmtree(self._folder / "indexes")
+
+    def _search(self, contenders: Sequence[Contender], processes: Mapping[str, Peer], rounds: int) -> None:
+        readings: dict[tuple[str, int, int], list[dict[str, float]]] = {}
+        most = max(len(contender.searches) for contender in contenders)
+        turns = [
+            (contender, number)
+            for number in range(most)
+            for contender in contenders
+            if number < len(contender.searches)
+        ]
+        for contender in contenders:  # compiles and reads what the first search has to
+            self._read(processes[contender.label], contender.searches[0], DEPTHS[0])
+        for _, (contender, number), k in track(
+            list(itertools.product(range(rounds), turns, DEPTHS)),
+            "searching",
+            console=console,
+            transient=True,
+        ):
+            reading = self._read(processes[contender.label], contender.searches[number], k)
+            readings.setdefault((contender.label, number, k), []).append(reading)
+        for contender, number in sorted(turns, key=lambda turn: (turn[0].label, turn[1])):
+            row: dict[str, Any] = {"engine": contender.label, "settings": contender.searches[number]}
+            for k in DEPTHS:
+                found = readings[contender.label, number, k]
+                for figure in found[0]:
+                    row[f"{figure}@{k}"] = statistics.median(each[figure] for each in found)
+            self.rows.append(row)
+
+    def _read(self, process: Peer, settings: Settings, k: int) -> dict[str, float]:
+        count = len(self._files.queries)
+        out = self._folder / "found.npy"
+        asked = {"k": k, "settings": settings, "first": 0, "last": count}
+        times = process.call("single", out=str(out), **asked)
+        found = np.load(out)
+        seconds = process.call("batch", **asked)
+        best = self._exact[:, :k]
+        hits = sum(len(np.intersect1d(mine, theirs)) for mine, theirs in zip(found[:, :k], best, strict=True))
+        return {
+            "recall": hits / best.size,
+            "ndcg": self._ndcg(found[:, :10]),
+            "p50_ms": float(np.percentile(times, 50)),
+            "p95_ms": float(np.percentile(times, 95)),
+            "qps": count / seconds,
+        }
+
+    def _ndcg(self, found: np.ndarray) -> float:
+        run = {
+            str(q): {str(key): float(-rank) for rank, key in enumerate(row) if key >= 0}
+            for q, row in enumerate(found.tolist())
+        }
+        return evaluate_run(run, self._relevant, ["nDCG@10"])["nDCG@10"]
+
+    def _index(self, contender: Contender) -> Path:
+        return self._folder / "indexes" / contender.label.replace(" ", "-")
+
+    def _process(self, contender: Contender, pythons: Mapping[str, str]) -> Peer:
+        ours = contender.engine == OURS
+        threads = str(self._threads)
+        names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        return Peer(
+            contender.label,
+            sys.executable if ours else pythons[contender.engine],
+            OURS_MODULE if ours else PEERS_MODULE,
+            {**dict.fromkeys(names, threads), "RAYCOLBERT_PEER": contender.engine},
+        )
+
+    # -- what it comes to -------------------------------------------------------------------------
+
+    def goals(self) -> list[Goal]:
+        """Without peers, that a thorough search finds what exact MaxSim does; with them, the lead."""
+        mine = [row for row in self.rows if row["engine"].startswith(OURS)]
+        theirs = [row for row in self.rows if not row["engine"].startswith(OURS)]
+        if not theirs:
+            return [Goal("best recall@10 against exact MaxSim", max(r["recall@10"] for r in mine), 0.98)]
+        goals = []
+        for k, level in itertools.product(DEPTHS, LEVELS):
+            there = [row for row in theirs if row[f"recall@{k}"] >= level]
+            here = [row for row in mine if row[f"recall@{k}"] >= level]
+            if not there:
+                continue
+            name = f"recall@{k} ≥ {level:.2f}"
+            best_ms = min((row[f"p50_ms@{k}"] for row in here), default=float("inf"))
+            best_qps = max((row[f"qps@{k}"] for row in here), default=0.0)
+            goals += [
+                Goal(f"{name}: peers' p50 / ours", min(r[f"p50_ms@{k}"] for r in there) / best_ms, 2.0),
+                Goal(f"{name}: our QPS / peers'", best_qps / max(r[f"qps@{k}"] for r in there), 2.0),
+            ]
+            if k == DEPTHS[0]:
+                smallest = min(self.engines[r["engine"]]["bytes_per_token"] for r in there)
+                size = min((self.engines[r["engine"]]["bytes_per_token"] for r in here), default=float("inf"))
+                goals.append(Goal(f"{name}: bytes per token", size, smallest, at_most=True))
+        built = {label: figures["build_s"] for label, figures in self.engines.items()}
+        ours = max(seconds for label, seconds in built.items() if label.startswith(OURS))
+        fastest = min(seconds for label, seconds in built.items() if not label.startswith(OURS))
+        goals.append(Goal("fastest peer's build time / our slowest", fastest / ours, 4.0))
+        return goals
+
+    def curve_table(self) -> Table:
+        about = self._files.about
+        table = Table(
+            "engine",
+            "settings",
+            "R@10",
+            "nDCG@10",
+            "p50 ms",
+            "p95 ms",
+            "QPS",
+            "R@100",
+            "p50 ms",
+            "QPS",
+            title=f"{about['texts']}: {about['vectors']:,} vectors, {about['documents']:,} documents, "
+            f"{about['questions']} questions; exact nDCG@10 {self.exact_ndcg:.4f}",
+            title_justify="left",
+        )
+        for row in self.rows:
+            table.add_row(
+                row["engine"],
+                " ".join(f"{key}={value}" for key, value in row["settings"].items()) or "default",
+                f"{row['recall@10']:.3f}",
+                f"{row['ndcg@10']:.4f}",
+                f"{row['p50_ms@10']:.2f}",
+                f"{row['p95_ms@10']:.2f}",
+                f"{row['qps@10']:,.0f}",
+                f"{row['recall@100']:.3f}",
+                f"{row['p50_ms@100']:.2f}",
+                f"{row['qps@100']:,.0f}",
+            )
+        return table
+
+    def engine_table(self) -> Table:
+        columns = ("build_s", "build_cpu_s", "build_peak_mb", "size_mb", "bytes_per_token", "open_s")
+        table = Table("engine", *columns, "search_peak_mb")
+        for label, figures in self.engines.items():
+            table.add_row(label, *(f"{figures[name]:,.2f}" for name in (*columns, "search_peak_mb")))
+        return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,88 @@
+"""The search benchmark's own arithmetic: exact scores, recombined vectors, and when a goal is met."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.search import OURS, Benchmark
+from benchmarks.support.search_files import VectorFiles
+from benchmarks.support.search_vectors import exact_ranking, exact_scores, recombined, write_set
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> VectorFiles:
+    """300 documents of 1 to 9 vectors, and 4 questions of 2 to 5."""
+    rng = np.random.default_rng(0)
+    lengths, asked = rng.integers(1, 10, 300), np.array([2, 3, 4, 5])
+    vectors = rng.standard_normal((lengths.sum() + asked.sum(), 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    documents, queries = np.split(vectors, [lengths.sum()])
+    tokens = np.arange(len(documents))
+    return write_set(
+        tmp_path / "set", documents.astype(np.float16), lengths, tokens, queries, asked, {"texts": "random"}
+    )
+
+
+def test_exact_scores_are_maxsim(files: VectorFiles) -> None:
+    assert files.about == {"texts": "random", "documents": 300, "vectors": len(files.vectors), "questions": 4}
+    scores = exact_scores(files)
+    for query, row in zip(files.queries, scores, strict=True):
+        for number in (0, 1, 255, 256, 299):
+            document = files.document(number).astype(np.float32)
+            assert row[number] == pytest.approx((query @ document.T).max(axis=1).sum(), abs=1e-5)
+    best = exact_ranking(files)
+    assert best.shape == (4, 100)
+    assert (np.take_along_axis(scores, best, 1) == -np.sort(-scores, axis=1)[:, :100]).all()
+    assert (exact_ranking(files) == best).all()
+
+
+def test_recombined_vectors_begin_with_the_real_ones(files: VectorFiles, tmp_path: Path) -> None:
+    more = recombined(files, 10_000, tmp_path)
+    real = len(files.vectors)
+    assert 10_000 <= len(more.vectors) == more.lengths.sum() < 10_020
+    assert (more.lengths[:300] == files.lengths).all()
+    assert more.vectors[:real].astype(np.float32) == pytest.approx(files.vectors.astype(np.float32), abs=1e-3)
+    assert np.linalg.norm(more.vectors.astype(np.float32), axis=1) == pytest.approx(1, abs=2e-3)
+    # Each made-up vector is near the one it came from, and is not that one.
+    origin = np.load(more.folder / "token_ids.npy")
+    cosines = (more.vectors.astype(np.float32) * files.vectors[origin].astype(np.float32)).sum(axis=1)
+    assert cosines[real:].mean() == pytest.approx(0.912, abs=0.01)
+    assert cosines[real:].max() < 0.999
+    assert more.about["recombined_from"] == real
+    assert (recombined(files, 10_000, tmp_path).vectors == more.vectors).all()
+
+
+def reading(engine: str, recall: float, p50: float, qps: float) -> dict[str, object]:
+    figures = {"recall": recall, "p50_ms": p50, "qps": qps}
+    return {"engine": engine} | {f"{name}@{k}": value for name, value in figures.items() for k in (10, 100)}
+
+
+def test_goals_compare_at_the_recall_that_peers_reach(files: VectorFiles, tmp_path: Path) -> None:
+    bench = Benchmark(files, exact_ranking(files), [{0: 1}] * 4, tmp_path, 2)
+    bench.rows = [
+        reading(f"{OURS} 4-bit", 0.86, 2.0, 500),
+        reading(f"{OURS} 8-bit", 0.97, 6.0, 100),
+        reading("peer", 0.84, 5.0, 200),
+        reading("peer", 0.91, 9.0, 150),
+    ]
+    bench.engines = {
+        f"{OURS} 4-bit": {"build_s": 10, "bytes_per_token": 70},
+        f"{OURS} 8-bit": {"build_s": 12, "bytes_per_token": 140},
+        "peer": {"build_s": 60, "bytes_per_token": 80},
+    }
+    goals = {goal.name: goal for goal in bench.goals()}
+    assert goals["recall@10 ≥ 0.80: peers' p50 / ours"].value == 2.5
+    assert goals["recall@10 ≥ 0.80: our QPS / peers'"].value == 2.5
+    assert goals["recall@10 ≥ 0.90: peers' p50 / ours"].value == 1.5
+    assert not goals["recall@10 ≥ 0.90: peers' p50 / ours"].met
+    assert goals["recall@10 ≥ 0.85: bytes per token"].met
+    assert not goals["recall@10 ≥ 0.90: bytes per token"].met
+    assert goals["fastest peer's build time / our slowest"].value == 5
+    assert not any("0.95" in name for name in goals)
+    bench.rows = [*bench.rows[:1], reading("peer", 0.99, 5.0, 200)]
+    unmet = {goal.name: goal for goal in bench.goals()}
+    assert unmet["recall@10 ≥ 0.98: peers' p50 / ours"].value == 0
+    assert not unmet["recall@10 ≥ 0.98: bytes per token"].met
