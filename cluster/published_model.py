@@ -16,7 +16,7 @@ from colbert_core.errors import IntegrityError
 from colbert_core.model_files import LocalFile, RangedFile
 
 # Blocks of which the rest is about to be wanted: reads that begin or end inside a block share it.
-_KEPT_BLOCKS = 6
+_KEPT_BLOCKS = 4
 
 
 def published_model(registry: Registry, ref: ArtifactRef) -> dict[str, RangedFile]:

@@ -95,7 +95,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def read_into(self, key: str, start: int, buffer: memoryview) -> int:
-        """Fills a buffer with the bytes from offset ``start`` on, without memory of its own.
+        """Fills a buffer with the bytes from offset ``start`` on.
 
         Returns:
             How many there were; fewer than the buffer holds at the end of the object, 0 beyond it.

@@ -19,7 +19,6 @@ from pyarrow.fs import FileSystem, S3FileSystem
 
 from cluster.config import StorageConfig
 from cluster.storage.api import (
-    READ_CHUNK,
     ObjectInfo,
     ObjectStore,
     check_key,
@@ -78,15 +77,8 @@ class S3Store(ObjectStore):
             self.head(key)
             return b""
 
-        def request() -> bytes:
-            body, wanted = self._range(key, start, length)
-            data = body.read()
-            if len(data) != wanted:
-                raise ConnectionError("the answer is shorter than the range")
-            return data
-
         try:
-            return self._call("get_range", key, request)
+            return self._call("get_range", key, lambda: self._read_range(key, start, length))
         except OutOfRange:
             return b""
 
@@ -97,27 +89,25 @@ class S3Store(ObjectStore):
             return 0
 
         def request() -> int:
-            body, wanted = self._range(key, start, len(buffer))
-            filled = 0
-            while filled < wanted:
-                count = body.readinto(buffer[filled : min(wanted, filled + READ_CHUNK)])
-                if not count:
-                    raise ConnectionError("the answer is shorter than the range")
-                filled += count
-            body.read()  # the end: only then can the connection be used again
-            return filled
+            # The body's own readinto copies twice, by way of a queue of small pieces.
+            data = self._read_range(key, start, len(buffer))
+            buffer[: len(data)] = data
+            return len(data)
 
         try:
             return self._call("read_into", key, request)
         except OutOfRange:
             return 0
 
-    def _range(self, key: str, start: int, length: int) -> tuple[Any, int]:
-        """An unread body, and how many bytes it must have."""
+    def _read_range(self, key: str, start: int, length: int) -> bytes:
+        """One try to read a range that is not empty."""
         span = f"bytes={start}-{start + length - 1}"
         answer = self._client.get_object(**self._at(key), Range=span)
+        data: bytes = answer["Body"].read()
         total = int(answer["ContentRange"].rpartition("/")[2])
-        return answer["Body"], min(length, total - start)
+        if len(data) != min(length, total - start):
+            raise ConnectionError("the answer is shorter than the range")
+        return data
 
     def open(self, key: str) -> BinaryIO:
         info = self.head(key)
