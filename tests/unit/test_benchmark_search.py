@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,19 @@ import pytest
 
 from benchmarks.search import OURS, Benchmark
 from benchmarks.support.search_files import VectorFiles
-from benchmarks.support.search_vectors import exact_ranking, exact_scores, recombined, write_set
+from benchmarks.support.search_vectors import (
+    Texts,
+    encoded,
+    exact_ranking,
+    exact_scores,
+    pooled,
+    recombined,
+    write_set,
+)
+from colbert_core.config import ColBERTConfig
+from colbert_core.encoder import ColBERT
+from colbert_core.formats import save_model
+from tests.tiny_models import tiny_bert_dir
 
 
 @pytest.fixture
@@ -53,6 +66,24 @@ def test_recombined_vectors_begin_with_the_real_ones(files: VectorFiles, tmp_pat
     assert cosines[real:].max() < 0.999
     assert more.about["recombined_from"] == real
     assert (recombined(files, 10_000, tmp_path).vectors == more.vectors).all()
+
+
+def test_texts_are_encoded_once_and_pooled_from_that(tmp_path: Path) -> None:
+    config = ColBERTConfig(dim=16, document_length=20, query_length=8)
+    model = ColBERT.create(tiny_bert_dir(tmp_path / "bert"), config, seed=0)
+    save_model(model, tmp_path / "model")
+    texts = Texts("words", ["red cat, blue dog", "cat", "green bird and a red dog"], ["blue cat"], [{0: 1}])
+    files = encoded(texts, str(tmp_path / "model"), None, tmp_path / "cache")
+    vectors = model.eval().encode_documents(texts.documents)
+    assert files.lengths.tolist() == vectors.lengths.tolist()
+    assert files.vectors == pytest.approx(vectors.vectors.numpy(), abs=0.02)  # bf16, where that is fast
+    assert len(np.load(files.folder / "token_ids.npy")) == len(files.vectors)
+    shutil.rmtree(tmp_path / "model")
+    assert encoded(texts, str(tmp_path / "model"), None, tmp_path / "cache").folder == files.folder
+    half = pooled(files, 2, tmp_path / "cache")
+    assert half.lengths.tolist() == [1 + max(1, (length - 1) // 2) for length in files.lengths]
+    assert np.linalg.norm(half.vectors.astype(np.float32), axis=1) == pytest.approx(1, abs=2e-3)
+    assert half.queries[0].tolist() == files.queries[0].tolist()
 
 
 def reading(engine: str, recall: float, p50: float, qps: float) -> dict[str, object]:
