@@ -34,7 +34,7 @@ class RayConfig(FrozenModel):
 class MlflowConfig(FrozenModel):
     """An MLflow experiment. Credentials come from the environment."""
 
-    uri: str | None = Field(None, description="tracking server or store; default: MLFLOW_TRACKING_URI")
+    uri: str | None = Field(None, description="tracking server; default: MLFLOW_TRACKING_URI")
     experiment: str = Field("raycolbert", min_length=1)
 
 

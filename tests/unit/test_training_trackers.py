@@ -132,6 +132,7 @@ def test_the_section_is_checked_with_the_recipe() -> None:
 
 def test_mlflow_goes_on_under_the_same_run(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the extra raycolbert[mlflow] is not installed")
+    pytest.importorskip("sqlalchemy", reason="a store in a file needs the whole package mlflow")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = TrackConfig(mlflow=MlflowConfig(uri=uri, experiment="tests"))
     for steps in ((1, 2), (3, 4)):
