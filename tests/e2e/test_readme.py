@@ -16,7 +16,10 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.json
 import pytest
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from cluster.artifacts import averaged_ref, base_ref, index_ref
@@ -59,29 +62,35 @@ def test_every_command_is_run_by_a_test() -> None:
     assert not unknown, f"README shows commands that no test runs: {unknown}"
 
 
+def tiny_settings(root: Path) -> dict[str, object]:
+    """What makes any of our small recipes tiny: own storage, a tiny Japanese model, two steps."""
+    base = tiny_japanese_dir(root / "base")
+    return {
+        "storage.root": root / "store",
+        "storage.cache_dir": root / "cache",
+        "model.base": base,
+        "model.colbert.dim": 16,
+        "model.colbert.document_length": 64,
+        "scorers.dense.model": base,
+        "scorers.token_maxsim.model": base,
+        "train.0.steps": 2,
+        "train.0.queries_per_step": 8,
+        "train.0.micro_batch": 4,
+        "train.0.checkpoint": "{every_steps: 1, publish_every_steps: 1}",
+        "evaluate.gate.tolerance": 1,
+    }
+
+
 class World:
     """A place for the quickstart recipe: own storage, a tiny Japanese model, two steps a phase."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        base = tiny_japanese_dir(root / "base")
-        settings = {
-            "storage.root": root / "store",
-            "storage.cache_dir": root / "cache",
-            "model.base": base,
-            "model.colbert.dim": 16,
-            "model.colbert.document_length": 64,
-            "scorers.dense.model": base,
-            "scorers.token_maxsim.model": base,
-            "train.0.steps": 2,
-            "train.0.queries_per_step": 8,
-            "train.0.micro_batch": 4,
-            "train.0.checkpoint": "{every_steps: 1, publish_every_steps: 1}",
+        settings = tiny_settings(root) | {
             "train.1.steps": 1,
             "train.1.queries_per_step": 8,
             "train.1.micro_batch": 4,
             "average.inputs.0.step": 1,
-            "evaluate.gate.tolerance": 1,
             "serve.port": 8123,
         }
         self.overrides = [f"{key}={value}" for key, value in settings.items()]
@@ -141,6 +150,42 @@ def test_the_report_page_is_self_contained(world: World, pipeline: dict) -> None
     assert "<polyline" in page
     assert all(system in page for system in world.recipe.evaluate.systems)
     assert not re.search(r"""(src|href)=["'](?!#)""", page)
+
+
+def _in_beir_parquet(root: Path) -> None:
+    """The sample corpus in the layout that the JaQuAD recipe reads."""
+    sample = REPOSITORY / "samples" / "ja"
+    for place, split in (("jaquad/train", "train"), ("jaquad/dev", "dev"), ("jsquad/valid", "test")):
+        folder = root / place
+        folder.mkdir(parents=True)
+        qrels = (sample / "qrels" / f"{split}.tsv").read_text(encoding="utf-8")
+        (folder / "qrels.tsv").write_text(qrels, encoding="utf-8")
+        asked = {line.split("\t")[0] for line in qrels.splitlines()}
+        corpus = pyarrow.json.read_json(sample / "corpus.jsonl").select(["_id", "title", "text"])
+        queries = pyarrow.json.read_json(sample / "queries.jsonl").to_pylist()
+        parquet.write_table(corpus, folder / "corpus.parquet")
+        parquet.write_table(
+            pyarrow.Table.from_pylist([query for query in queries if query["_id"] in asked]),
+            folder / "queries.parquet",
+        )
+
+
+def test_the_recipe_for_real_input_runs(tmp_path: Path) -> None:
+    (command,) = (line for line in job_commands("raycolbert pipeline") if "jaquad" in line)
+    _in_beir_parquet(tmp_path / "data")
+    averaged = {"average.inputs": "[{phase: pretrain, step: 1}, {phase: pretrain}]"}
+    words = shlex.split(command.replace("DIRECTORY", str(tmp_path / "data")))[1:]
+    words[words.index("--report") + 1] = str(tmp_path / "report")
+    for key, value in (tiny_settings(tmp_path) | averaged).items():
+        words += ["--set", f"{key}={value}"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    scores = report["details"]["evaluate"]["scores"]
+    assert set(scores) == {"jaquad-dev", "jsquad"}
+    for systems in scores.values():
+        assert set(systems) == {"bm25", "dense", "start", "trained", "averaged"}
+        assert systems["bm25"]["R@1"] <= systems["bm25"]["R@3"] <= systems["bm25"]["R@10"]
 
 
 @pytest.mark.parametrize(
