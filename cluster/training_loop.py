@@ -46,7 +46,7 @@ from colbert_core.formats import save_model
 REPORT_S = 15.0
 RECENT_STEPS = 50
 # Activations of ever other sizes leave gaps between what stays: on a CPU a worker would double in size.
-RELEASE_EVERY_STEPS = 10
+RELEASE_EVERY_STEPS = 4
 
 
 @dataclass(frozen=True)
