@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -150,11 +152,15 @@ def _fit(job: PhaseJob, registry: Registry) -> dict[str, Any]:
         ),
     )
     release_freed_memory()  # this process only waits now, and the workers may run beside it
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
         raise TrainingError(f"training phase {phase.name!r} failed: {_reason(error)}") from error
     finally:
+        # Ray Train leaves its own handler behind, which later would call a controller that is gone.
+        if threading.current_thread() is threading.main_thread() and interrupt is not None:
+            signal.signal(signal.SIGINT, interrupt)
         _delete(filesystem, scratch)
     outcome = result.return_value
     if not isinstance(outcome, dict):
