@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from typing import Any
 
 from cluster.manifest import BLOCK_BYTES, FileEntry
 from cluster.storage import ObjectStore
+from cluster.storage.positioned import PositionedReader
 from colbert_core.errors import IntegrityError, ObjectNotFound
 
 
-class VerifiedReader(io.RawIOBase):
+class VerifiedReader(PositionedReader):
     """A seekable reader that fetches whole blocks and compares each with its digest in the manifest.
 
     It holds one block (8 MiB) in memory; reading front to back fetches every block once.
@@ -23,29 +23,11 @@ class VerifiedReader(io.RawIOBase):
     """
 
     def __init__(self, store: ObjectStore, key: str, entry: FileEntry) -> None:
-        super().__init__()
+        super().__init__(key, entry.size)
         self._store = store
-        self._key = key
         self._entry = entry
-        self._position = 0
         self._number = -1
         self._block = bytearray()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._entry.size}[whence]
-        if start + offset < 0:
-            raise ValueError(f"seek to {start + offset}, before the start of {self._key!r}")
-        self._position = start + offset
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         if self._position >= self._entry.size:

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage.api import ObjectInfo
+from cluster.storage.positioned import PositionedReader
 from cluster.storage.s3_errors import REQUEST_ERRORS, explain
 from cluster.storage.s3_requests import backoff
 from colbert_core.errors import PreconditionFailed, StorageError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from cluster.storage.s3 import S3Store
 
 
-class S3Reader(io.RawIOBase):
+class S3Reader(PositionedReader):
     """Reads an object front to back over one connection, and goes on where it broke off.
 
     Every request names the etag that the object had when it was opened, so that an object replaced
@@ -23,34 +24,21 @@ class S3Reader(io.RawIOBase):
     """
 
     def __init__(self, store: S3Store, info: ObjectInfo) -> None:
-        super().__init__()
+        super().__init__(info.key, info.size)
         self._store = store
         self._info = info
-        self._position = 0
         self._delivered = False
         self._body: Any = None
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size}[whence]
-        target = start + offset
-        if target < 0:
-            raise ValueError(f"seek to {target}, before the start of {self._info.key!r}")
-        if target != self._position:
+        before = self._position
+        target = super().seek(offset, whence)
+        if target != before:
             self._drop()
-            self._position = target
         return target
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._info.size - self._position)
+        wanted = min(len(buffer), self._size - self._position)
         if wanted <= 0:
             return 0
         begin = time.monotonic()
@@ -69,7 +57,7 @@ class S3Reader(io.RawIOBase):
                 waited = time.monotonic() - begin
                 if not fault.transient or waited + pause > self._store.config.request_timeout_s:
                     raise StorageError(
-                        f"read of {self._info.key!r} in {self._store.uri} at byte {self._position}: "
+                        f"read of {self._key!r} in {self._store.uri} at byte {self._position}: "
                         f"{fault.reason} ({attempt + 1} tries in {waited:.1f} s)"
                     ) from None
                 attempt += 1
@@ -81,7 +69,7 @@ class S3Reader(io.RawIOBase):
                 return len(chunk)
 
     def _stream(self) -> Any:
-        key = self._info.key
+        key = self._key
         try:
             return self._store.stream(key, self._position, self._info.etag)
         except PreconditionFailed:
@@ -91,6 +79,7 @@ class S3Reader(io.RawIOBase):
                 ) from None
             # Nothing was read yet: what is there now is as good.
             self._info = self._store.head(key)
+            self._size = self._info.size
             return self._store.stream(key, self._position, self._info.etag)
 
     def close(self) -> None:

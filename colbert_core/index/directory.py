@@ -16,7 +16,6 @@ as the build leaves it, consists of all of its ``shards``.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +23,14 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from colbert_core.config import FrozenModel
-from colbert_core.errors import IndexFormatError, SchemaVersionError
+from colbert_core.errors import IndexFormatError
 from colbert_core.index.codec import Codec
 from colbert_core.index.engine import Engine
+from colbert_core.index.sealed_json import read_sealed, seal
 from colbert_core.index.search import Searcher
 from colbert_core.index.shard import MANIFEST_FILE, Shard, Verify
-
-SCHEMA_VERSION = 1
 
 
 class ShardEntry(FrozenModel):
@@ -133,17 +130,9 @@ def current_generation(directory: Path, codec: Codec) -> Generation:
         entries = tuple(ShardEntry(path=f"shards/{name}", documents=0) for name in found)
         return Generation(number=0, codec_sha256=codec.sha256, shards=entries)
     path = written[-1]
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        version = tree["schema_version"]
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise SchemaVersionError(f"{path}: schema version {version}, this reads up to {SCHEMA_VERSION}")
-        recorded = tree.pop("sha256")
-        generation = Generation.model_validate(tree)
-        if recorded != _digest_of(generation) or path.stem != f"{generation.number:05d}":
-            raise ValueError("its digest or number does not fit its content")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise IndexFormatError(f"{path}: not a generation of an index: {error}") from None
+    generation = read_sealed(path, Generation, "a generation of an index")
+    if path.stem != f"{generation.number:05d}":
+        raise IndexFormatError(f"{path}: holds generation {generation.number}")
     if generation.codec_sha256 != codec.sha256:
         raise IndexFormatError(f"{path}: belongs to another codec")
     return generation
@@ -171,10 +160,9 @@ def write_generation(directory: Path, generation: Generation) -> None:
     folder = directory / "generations"
     folder.mkdir(exist_ok=True)
     path = folder / f"{generation.number:05d}.json"
-    tree = {"sha256": _digest_of(generation), **generation.model_dump(mode="json")}
     staging = folder / f".{path.name}-{os.getpid()}"
     with staging.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(tree, indent=1) + "\n")
+        file.write(seal(generation))
         file.flush()
         os.fsync(file.fileno())
     try:
@@ -219,11 +207,6 @@ def write_tombstones(
             "tombstones_sha256": hashlib.sha256(data).hexdigest(),
         }
     )
-
-
-def _digest_of(generation: Generation) -> str:
-    text: str = json.dumps(generation.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def with_counts(generation: Generation, shards: Sequence[Shard]) -> Generation:

@@ -7,8 +7,6 @@ rewritten; deletions are bitmaps beside it (:mod:`colbert_core.index.directory`)
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from colbert_core.config import FrozenModel
-from colbert_core.errors import IndexFormatError, SchemaVersionError
+from colbert_core.errors import IndexFormatError
 from colbert_core.index.codec import Codec, EncodedTokens
+from colbert_core.index.sealed_json import read_sealed, seal
 from colbert_core.tensor_files import file_sha256
 
-SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 METADATA_FILE = "metadata.arrow"
 Verify = Literal["fast", "full"]
@@ -59,31 +56,12 @@ class ShardManifest(FrozenModel):
 
 def write_manifest(directory: Path, manifest: ShardManifest) -> None:
     """Writes the manifest with a digest of itself."""
-    tree = manifest.model_dump(mode="json")
-    text = json.dumps({"sha256": _digest_of(tree), **tree}, indent=1, sort_keys=True) + "\n"
-    (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    (directory / MANIFEST_FILE).write_text(seal(manifest), encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> ShardManifest:
-    """Reads and checks a manifest.
-
-    Raises:
-        IndexFormatError: it is missing or damaged.
-        SchemaVersionError: a newer version of raycolbert wrote it.
-    """
-    path = directory / MANIFEST_FILE
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        version = tree["schema_version"]
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise SchemaVersionError(f"{path}: schema version {version}, this reads up to {SCHEMA_VERSION}")
-        recorded = tree.pop("sha256")
-        manifest = ShardManifest.model_validate(tree)
-        if recorded != _digest_of(manifest.model_dump(mode="json")):
-            raise ValueError("its digest does not fit its content")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise IndexFormatError(f"{path}: not a shard manifest: {error}") from None
-    return manifest
+    """Reads and checks a manifest; errors as of :func:`~colbert_core.index.sealed_json.read_sealed`."""
+    return read_sealed(directory / MANIFEST_FILE, ShardManifest, "a shard manifest")
 
 
 def array_layout(
@@ -278,8 +256,3 @@ def _map(path: Path, manifest: ShardManifest, dtype: str, shape: tuple[int, ...]
     if size == 0:
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, mode="r", shape=shape).view(np.ndarray)
-
-
-def _digest_of(tree: dict[str, Any]) -> str:
-    text = json.dumps(tree, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
