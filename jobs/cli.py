@@ -23,28 +23,26 @@ app = typer.Typer(
 app.add_typer(registry_app, name="registry", help="Look at, verify, promote and clean up what is published.")
 
 
-@app.command("mine_negatives")
-def mine_negatives(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    address: Address = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Find hard negatives for labelled questions with BM25, dense or ColBERT retrieval."""
-    launch("mine_negatives", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+def _add_plain(job: str, text: str) -> None:
+    """Adds the command of a job that takes a recipe and nothing else."""
+
+    @app.command(job, help=text)
+    def command(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        address: Address = None,
+        as_json: Json = False,
+        debug: Debug = False,
+    ) -> None:
+        launch(job, recipe, overrides or (), address=address, as_json=as_json, debug=debug)
 
 
-@app.command("score_teacher")
-def score_teacher(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    address: Address = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Score mined or given tuples with the teacher: a cross-encoder or an ensemble."""
-    launch("score_teacher", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+_add_plain(
+    "mine_negatives", "Find hard negatives for labelled questions with BM25, dense or ColBERT retrieval."
+)
+
+
+_add_plain("score_teacher", "Score mined or given tuples with the teacher: a cross-encoder or an ensemble.")
 
 
 @app.command("train")
@@ -73,28 +71,10 @@ def ablate(
     launch("ablate", recipe, overrides or (), address=address, as_json=as_json, debug=debug, report=report)
 
 
-@app.command("average")
-def average(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    address: Address = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Average the weights of several checkpoints into one model."""
-    launch("average", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+_add_plain("average", "Average the weights of several checkpoints into one model.")
 
 
-@app.command("index")
-def index(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    address: Address = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Encode a corpus and build a sharded index of it."""
-    launch("index", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+_add_plain("index", "Encode a corpus and build a sharded index of it.")
 
 
 IndexOption = Annotated[
@@ -167,28 +147,10 @@ def compact_index(
     )
 
 
-@app.command("evaluate")
-def evaluate(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    address: Address = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Compare retrievers on labelled questions, with paired 95 % intervals."""
-    launch("evaluate", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+_add_plain("evaluate", "Compare retrievers on labelled questions, with paired 95 % intervals.")
 
 
-@app.command("serve")
-def serve(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    address: Address = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Serve an index over HTTP until interrupted."""
-    launch("serve", recipe, overrides or (), address=address, as_json=as_json, debug=debug)
+_add_plain("serve", "Serve an index over HTTP until interrupted.")
 
 
 @app.command("pipeline")
