@@ -19,6 +19,7 @@ from cluster.streams import ROW_GROUP_TUPLES, TupleIndex, UnitSchedule, tuple_sc
 from cluster.training_units import UnitSource, UnitStream, pack_unit
 from colbert_core.config import ColBERTConfig
 from colbert_core.text import TextProcessor
+from tests.local_ray import local_ray
 from tests.tiny_models import tiny_bert_dir
 
 MB = 2**20
@@ -55,16 +56,8 @@ def training_set(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def small_store() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=3,
-        object_store_memory=STORE_MB * MB,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="WARNING",
-    )
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=3, object_store_mb=STORE_MB):
+        yield
 
 
 @dataclass

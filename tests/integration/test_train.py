@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 
@@ -23,6 +22,7 @@ from colbert_core.encoder import ColBERT
 from colbert_core.errors import DataError, TrainingError
 from colbert_core.formats import load_model
 from jobs import train
+from tests.local_ray import local_ray
 from tests.tiny_training import (
     NWAY,
     TUPLES,
@@ -44,16 +44,8 @@ PHASE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=200 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="WARNING",
-    )
-    yield
-    ray.shutdown()
+    with local_ray():
+        yield
 
 
 @dataclass

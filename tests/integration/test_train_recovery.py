@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from cluster.checkpoints import RunCheckpoints
 from cluster.config import Recipe
 from cluster.registry import Registry
 from cluster.trainer import PhaseResult, run_name, train_phase
 from colbert_core.errors import TrainingError
+from tests.local_ray import local_ray
 from tests.tiny_training import furthest, publish_inputs, published_weights, training_recipe
 
 STEPS = 160
@@ -47,16 +47,8 @@ train_phase(recipe, "p", Registry.open(recipe.storage), heartbeat_s=0.5)
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=200 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="WARNING",
-    )
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    with local_ray() as address:
+        yield address
 
 
 @dataclass

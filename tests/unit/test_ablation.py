@@ -12,27 +12,12 @@ from cluster.ablation import compare, expand, references
 from cluster.artifacts import base_ref, candidates_ref, phase_ref, tuples_ref
 from cluster.config import AblateConfig, Recipe, parse_recipe
 from colbert_core.errors import ConfigError
+from tests import recipe_tree
+from tests.recipe_tree import FILES, PHASE
 
-FILES = {"corpus": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels.tsv"}
-PHASE = {"data": ["mined"], "nway": 4, "steps": 20, "queries_per_step": 8, "micro_batch": 4}
 TREE: dict[str, Any] = {
-    "name": "r",
+    **recipe_tree.TREE,
     "seed": 7,
-    "storage": {"root": "store"},
-    "model": {"name": "m", "base": "some/backbone"},
-    "data": {
-        "sources": {"train": FILES, "test": FILES},
-        "tuples": {
-            "mined": {
-                "mine": {"source": "train", "pools": [{"scorer": "bm25", "take": 3}]},
-                "score": {"scorers": {"teacher": 1.0}},
-            }
-        },
-    },
-    "scorers": {
-        "bm25": {"kind": "bm25"},
-        "teacher": {"kind": "cross_encoder", "model": "some/reranker"},
-    },
     "train": [{"name": "pre", **PHASE}, {"name": "post", "init": "pre", **PHASE}],
     "average": {"inputs": [{"phase": "pre"}, {"phase": "post"}]},
     "evaluate": {

@@ -20,48 +20,26 @@ from cluster.artifacts import (
 )
 from cluster.config import Recipe, parse_recipe
 from colbert_core.errors import ConfigError
+from tests import recipe_tree
+from tests.recipe_tree import FILES, PHASE
 
-FILES = {"corpus": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels.tsv"}
 TREE: dict[str, Any] = {
-    "name": "r",
+    **recipe_tree.TREE,
     "storage": {"root": "/store"},
     "model": {"name": "m", "base": "some/backbone", "projection": "pca", "pca_source": "train"},
     "data": {
+        **recipe_tree.TREE["data"],
         "root": "/data",
         "sources": {"train": FILES, "test": {**FILES, "qrels": "test.tsv"}},
-        "tuples": {
-            "mined": {
-                "mine": {"source": "train", "pools": [{"scorer": "bm25", "take": 3}]},
-                "score": {"scorers": {"teacher": 1.0}},
-            },
-            "given": {"read": {"format": "tuples", "tuples": "given.parquet"}},
-        },
     },
     "scorers": {
-        "bm25": {"kind": "bm25"},
-        "teacher": {"kind": "cross_encoder", "model": "some/reranker"},
+        **recipe_tree.TREE["scorers"],
         "other": {"kind": "bi_encoder", "model": "some/encoder"},
         "student": {"kind": "colbert", "model": "pre"},
     },
     "train": [
-        {
-            "name": "pre",
-            "data": ["mined"],
-            "nway": 4,
-            "steps": 20,
-            "queries_per_step": 8,
-            "micro_batch": 4,
-            "checkpoint": {"publish_every_steps": 10},
-        },
-        {
-            "name": "post",
-            "init": "pre",
-            "data": ["given"],
-            "nway": 4,
-            "steps": 10,
-            "queries_per_step": 8,
-            "micro_batch": 4,
-        },
+        {"name": "pre", **PHASE, "checkpoint": {"publish_every_steps": 10}},
+        {"name": "post", "init": "pre", **PHASE, "data": ["given"], "steps": 10},
     ],
     "average": {"inputs": [{"phase": "pre", "step": 10}, {"phase": "pre"}, {"phase": "post"}]},
     "index": {"name": "i", "sources": ["test"], "shards": 2},
