@@ -15,10 +15,10 @@ from colbert_core.index.vector_ops import BYTES, raise_bytes
 LANES = BYTES  # query tokens are padded to a multiple of this, so that inner loops have a fixed length
 BLOCK = 32  # centroids per block of the block maxima
 
-_jit = numba.njit(nogil=True, cache=True, boundscheck=False)
+jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 
 
-@_jit
+@jit
 def quantize_rows(rows, quantized, scales):  # type: ignore[no-untyped-def]
     """Rounds each row to int8 with a scale of its own.
 
@@ -43,7 +43,7 @@ def quantize_rows(rows, quantized, scales):  # type: ignore[no-untyped-def]
             quantized[i, k] = np.int8(np.int32(min(max(value, np.float32(-127)), np.float32(127))))
 
 
-@_jit
+@jit
 def rotate_rows(rows, rotation, rotated):  # type: ignore[no-untyped-def]
     """``rows @ rotation``, each sum in the order of the input dimensions.
 
@@ -64,7 +64,7 @@ def rotate_rows(rows, rotation, rotated):  # type: ignore[no-untyped-def]
                 rotated[i, j] += value * rotation[k, j]
 
 
-@_jit
+@jit
 def take_scores(product, first, scores, block_max, column_sums):  # type: ignore[no-untyped-def]
     """Stores a block of centroid scores, with their statistics.
 
@@ -89,7 +89,7 @@ def take_scores(product, first, scores, block_max, column_sums):  # type: ignore
                 column_sums[i] += product[row, i]
 
 
-@_jit
+@jit
 def top_centroids(scores, block_max, probes, best, found):  # type: ignore[no-untyped-def]
     """The best centroids of every query token, by score, ties by number.
 
@@ -139,7 +139,7 @@ def top_centroids(scores, block_max, probes, best, found):  # type: ignore[no-un
                 found[i, j] = row
 
 
-@_jit
+@jit
 def interaction_table(scores, bases, factors, table):  # type: ignore[no-untyped-def]
     """Centroid scores as bytes, for the interaction of centroids.
 
@@ -155,7 +155,7 @@ def interaction_table(scores, bases, factors, table):  # type: ignore[no-untyped
             table[row, i] = np.uint8(np.int32(min(max(value, np.float32(0)), np.float32(255))))
 
 
-@_jit
+@jit
 def gather(posting_offsets, postings, probes, gains, state, stamp, touched):  # type: ignore[no-untyped-def]
     """Sums, for every document met, the best gain of each query token.
 
@@ -196,7 +196,7 @@ def gather(posting_offsets, postings, probes, gains, state, stamp, touched):  # 
     return count
 
 
-@_jit
+@jit
 def gather_keys(touched, count, state, eligible, tie_breaks, documents, keys):  # type: ignore[no-untyped-def]
     """Sort keys of the eligible documents among those met: the sum, then the tie-break.
 
@@ -220,7 +220,7 @@ def gather_keys(touched, count, state, eligible, tie_breaks, documents, keys):  
     return kept
 
 
-@_jit
+@jit
 def interaction_keys(documents, offsets, codes, table, tie_breaks, keys):  # type: ignore[no-untyped-def]
     """Late interaction of centroids alone: per query token the best byte over a document's tokens, summed.
 
@@ -250,7 +250,7 @@ def interaction_keys(documents, offsets, codes, table, tie_breaks, keys):  # typ
         keys[n] = (total << 32) | np.int64(tie_breaks[document])
 
 
-@_jit
+@jit
 def decode_residuals(documents, offsets, residuals, bits, first, rows, levels):  # type: ignore[no-untyped-def]
     """Unpacks residual levels of a run of tokens of the listed documents.
 
@@ -293,7 +293,7 @@ def decode_residuals(documents, offsets, residuals, bits, first, rows, levels): 
         token = 0
 
 
-@_jit
+@jit
 def best_similarities(  # type: ignore[no-untyped-def]
     documents,
     offsets,
@@ -344,7 +344,7 @@ def best_similarities(  # type: ignore[no-untyped-def]
         token = 0
 
 
-@_jit
+@jit
 def sum_similarities(best, query_scales, totals):  # type: ignore[no-untyped-def]
     """Adds up the best similarities of each document, in the order of the query tokens.
 
@@ -358,68 +358,3 @@ def sum_similarities(best, query_scales, totals):  # type: ignore[no-untyped-def
         for i in range(query_scales.shape[0]):
             total += best[n, i] * query_scales[i]
         totals[n] = total
-
-
-@_jit
-def best_of_prefixes(order, values, keep, kept):  # type: ignore[no-untyped-def]
-    """Marks the items that are among the ``keep`` best of some prefix of an order.
-
-    Args:
-        order: int64 ``[n]``, descending; equal ones enter a prefix together.
-        values: int64 ``[n]``; an item is among the best if fewer than ``keep`` have a larger value.
-        keep: at least 1.
-        kept: bool ``[n]``, written.
-    """
-    n = order.shape[0]
-    heap = np.empty(keep, np.int64)  # min-heap of the largest values so far
-    size = 0
-    start = 0
-    while start < n:
-        stop = start + 1
-        while stop < n and order[stop] == order[start]:
-            stop += 1
-        for j in range(start, stop):
-            value = values[j]
-            if size < keep:
-                at = size
-                size += 1
-                while at > 0 and heap[(at - 1) // 2] > value:
-                    heap[at] = heap[(at - 1) // 2]
-                    at = (at - 1) // 2
-                heap[at] = value
-            elif value > heap[0]:
-                at = 0
-                while True:
-                    child = 2 * at + 1
-                    if child >= size:
-                        break
-                    if child + 1 < size and heap[child + 1] < heap[child]:
-                        child += 1
-                    if heap[child] >= value:
-                        break
-                    heap[at] = heap[child]
-                    at = child
-                heap[at] = value
-        for j in range(start, stop):
-            kept[j] = size < keep or values[j] >= heap[0]
-        start = stop
-
-
-@_jit
-def not_outranked(first, second, scores, keep, kept):  # type: ignore[no-untyped-def]
-    """Marks the items over which fewer than ``keep`` others win.
-
-    An item wins over another by a larger score, with both keys at least as large.
-
-    Args:
-        first, second: int64 ``[n]``.
-        scores: float32 ``[n]``.
-        keep: at least 1.
-        kept: bool ``[n]``, written.
-    """
-    n = first.shape[0]
-    for i in range(n):
-        wins = 0
-        for j in range(n):
-            wins += (first[j] >= first[i]) & (second[j] >= second[i]) & (scores[j] > scores[i])
-        kept[i] = wins < keep

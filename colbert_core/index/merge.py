@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colbert_core.errors import SearchError
-from colbert_core.index.kernels import best_of_prefixes, not_outranked
+from colbert_core.index.merge_kernels import best_of_prefixes, not_outranked
 
 UNREACHED = -1  # first-stage key of a document that no probe met
 

@@ -11,7 +11,6 @@ The stages, all of whose cut-offs are over all shards at once:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,45 +33,11 @@ from colbert_core.index.merge import (
 )
 from colbert_core.index.query import Query, Run, prepare_query
 from colbert_core.index.shard import Shard
+from colbert_core.index.stages import Candidates, Limits, Scope
 from colbert_core.index.workers import Workers
 
 _LEAST = np.iinfo(np.int64).min
 _PIECE_TOKENS = 8192  # documents of a single query are shared out between threads in pieces of this size
-
-
-@dataclass
-class _Scope:
-    """What a request may return.
-
-    Attributes:
-        eligible: for each shard, bool ``[documents]``.
-        total: how many there are.
-    """
-
-    eligible: list[NDArray[np.bool_]]
-    total: int
-
-    def documents(self) -> list[NDArray[np.int32]]:
-        """All of them, by shard."""
-        return [np.flatnonzero(mask).astype(np.int32) for mask in self.eligible]
-
-
-@dataclass
-class _Candidates:
-    """Documents by shard, with the keys of the stages they went through."""
-
-    documents: list[NDArray[np.int32]]
-    gather: list[NDArray[np.int64]]
-    interaction: list[NDArray[np.int64]]
-
-    def only(self, masks: Sequence[NDArray[np.bool_]]) -> _Candidates:
-        """Those that the masks mark."""
-        return _Candidates(
-            *([array[mask] for array, mask in zip(arrays, masks, strict=True)] for arrays in self._all())
-        )
-
-    def _all(self) -> tuple[list[NDArray[Any]], ...]:
-        return self.documents, self.gather, self.interaction
 
 
 class Searcher:
@@ -146,7 +111,7 @@ class Searcher:
             NonFiniteError: a query holds a NaN or an infinity.
         """
         prepared = self._prepared(queries, k)
-        limits = _Limits.of(params, k)
+        limits = Limits.of(params, k)
         scope = self._scope(filter)
         if scope.total == 0:
             return [[] for _ in prepared]
@@ -165,7 +130,7 @@ class Searcher:
             For each query what :func:`merge_hits` needs to know from here.
         """
         prepared = self._prepared(queries, k)
-        limits = _Limits.of(params, k)
+        limits = Limits.of(params, k)
         scope = self._scope(filter)
         return self._each(prepared, partial(self._partial_one, limits=limits, scope=scope))
 
@@ -243,7 +208,7 @@ class Searcher:
             records.update((names[i], row) for i, row in zip(found, rows, strict=True))
         return records
 
-    def _search_one(self, query: Query, run: Run, limits: _Limits, scope: _Scope) -> list[Hit]:
+    def _search_one(self, query: Query, run: Run, limits: Limits, scope: Scope) -> list[Hit]:
         direct = scope.total <= limits.candidates
         tables = self._engine.tables(query, 0 if scope.total <= limits.rerank else limits.probes, run)
         try:
@@ -261,7 +226,7 @@ class Searcher:
         finally:
             self._engine.release(tables)
 
-    def _partial_one(self, query: Query, run: Run, limits: _Limits, scope: _Scope) -> PartialHits:
+    def _partial_one(self, query: Query, run: Run, limits: Limits, scope: Scope) -> PartialHits:
         tables = self._engine.tables(query, limits.probes, run)
         try:
             found, reached = self._gather(tables, scope, limits, run)
@@ -310,7 +275,7 @@ class Searcher:
             interaction=interaction[shown],
         )
 
-    def _gather(self, tables: Any, scope: _Scope, limits: _Limits, run: Run) -> tuple[_Candidates, int]:
+    def _gather(self, tables: Any, scope: Scope, limits: Limits, run: Run) -> tuple[Candidates, int]:
         """The best ``candidates`` of the documents that the probes meet, and how many they meet."""
         documents: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(self.shards)
         keys: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(self.shards)
@@ -321,22 +286,22 @@ class Searcher:
         run([partial(one, shard) for shard in range(len(self.shards))])
         reached = sum(map(len, keys))
         floor = threshold(keys, limits.candidates)
-        found = _Candidates(documents, keys, [np.empty(0, np.int64) for _ in keys])
+        found = Candidates(documents, keys, [np.empty(0, np.int64) for _ in keys])
         masks = [key >= floor for key in keys]
         found.documents = [d[mask] for d, mask in zip(documents, masks, strict=True)]
         found.gather = [key[mask] for key, mask in zip(keys, masks, strict=True)]
         return found, reached
 
-    def _everything(self, scope: _Scope, met: _Candidates | None = None) -> _Candidates:
+    def _everything(self, scope: Scope, met: Candidates | None = None) -> Candidates:
         """All eligible documents, with the keys of those that were met."""
         documents = scope.documents()
         gather = [np.full(len(some), UNREACHED, dtype=np.int64) for some in documents]
         if met is not None:
             for shard, some in enumerate(documents):
                 gather[shard][np.searchsorted(some, met.documents[shard])] = met.gather[shard]
-        return _Candidates(documents, gather, [np.empty(0, np.int64) for _ in documents])
+        return Candidates(documents, gather, [np.empty(0, np.int64) for _ in documents])
 
-    def _interact(self, tables: Any, found: _Candidates, run: Run) -> None:
+    def _interact(self, tables: Any, found: Candidates, run: Run) -> None:
         found.interaction = [np.empty(len(documents), np.int64) for documents in found.documents]
 
         def one(shard: int, piece: slice) -> None:
@@ -383,9 +348,9 @@ class Searcher:
             raise SearchError(f"k is {k!r}; it must be a whole number of at least 1")
         return [prepare_query(self.codec, query, position) for position, query in enumerate(queries)]
 
-    def _scope(self, condition: Filter | None) -> _Scope:
+    def _scope(self, condition: Filter | None) -> Scope:
         masks = [eligible_documents(shard, condition) for shard in self.shards]
-        return _Scope(masks, sum(int(np.count_nonzero(mask)) for mask in masks))
+        return Scope(masks, sum(int(np.count_nonzero(mask)) for mask in masks))
 
     @staticmethod
     def _live(shard: Shard, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -402,17 +367,3 @@ class Searcher:
 
     def _shared(self, functions: Sequence[Callable[[], None]]) -> None:
         self._workers.map(functions)
-
-
-@dataclass(frozen=True)
-class _Limits:
-    k: int
-    probes: int
-    candidates: int
-    rerank: int
-
-    @staticmethod
-    def of(params: SearchConfig | None, k: int) -> _Limits:
-        params = params or SearchConfig()
-        rerank = max(params.rerank, k)
-        return _Limits(k, params.probes, max(params.candidates, rerank), rerank)

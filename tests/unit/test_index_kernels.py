@@ -10,8 +10,9 @@ import pytest
 
 from colbert_core.index import Codec, Shard, integer_product, write_shard
 from colbert_core.index.engine import CpuEngine, Engine, run_here
-from colbert_core.index.kernels import best_of_prefixes, not_outranked, quantize_rows, rotate_rows
+from colbert_core.index.kernels import quantize_rows, rotate_rows
 from colbert_core.index.merge import could_be_shown, could_survive, threshold
+from colbert_core.index.merge_kernels import best_of_prefixes, not_outranked
 from colbert_core.index.quantizer import unpack_levels
 from colbert_core.index.query import Query, prepare_query
 from colbert_core.index.shard_writer import id_hash
