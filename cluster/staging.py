@@ -38,6 +38,23 @@ class StagedArtifact:
         self.store = store
         self.ref = ref
 
+    def begin(self, data: str) -> None:
+        """Notes what the files are made of; the records of files of anything else are removed.
+
+        Args:
+            data: fingerprint of the input that the version's name does not cover.
+        """
+        key = f"{self._parts_prefix()}data"
+        try:
+            known = self.store.get(key) == data.encode()
+        except ObjectNotFound:
+            known = False
+        if not known:
+            for info in list(self.store.list(self._parts_prefix())):
+                if info.key.endswith(".json"):
+                    self.store.delete(info.key)
+            self.store.put(key, data.encode())
+
     def upload(self, path: str, local: Path, *, keep_existing: bool = False) -> Part:
         """Uploads a file, unless it is there with the same content, and records it.
 

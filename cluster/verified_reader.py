@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from cluster.manifest import BLOCK_BYTES, FileEntry
@@ -70,8 +69,8 @@ def read_block(store: ObjectStore, key: str, entry: FileEntry, number: int, buff
     try:
         # Damaged on the way, or in storage? The second time tells.
         for _ in range(2):
-            filled = store.read_into(key, start, buffer)
-            if filled == len(buffer) and hashlib.sha256(buffer).hexdigest() == digests[number]:
+            filled, digest = store.read_hashed(key, start, buffer)
+            if filled == len(buffer) and digest == digests[number]:
                 return
     except ObjectNotFound:
         raise IntegrityError(f"{where}: the manifest names this file, but it is missing") from None

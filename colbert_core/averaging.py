@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,12 +21,14 @@ from typing import Generic, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from colbert_core.errors import ConfigError, ModelError, NonFiniteError
+from colbert_core.errors import ConfigError, ModelError, NonFiniteError, StorageError
 from colbert_core.mean_plan import BLOCK_BYTES, MeanPlan, Piece
 from colbert_core.model_files import LocalFile, ModelFiles, RangedFile, common_files, read_range
 from colbert_core.tensor_files import TensorFileWriter
 
 Candidate = TypeVar("Candidate")
+
+_LEAST_WEIGHT = 1e-300  # the reciprocal of a sum of such is still a number
 
 Compute = Callable[[MeanPlan], Iterable[Piece]]
 """Computes all pieces of a mean, in any order: here, or elsewhere."""
@@ -47,11 +50,13 @@ def average_files(inputs: Sequence[Path], weights: Sequence[float], output: Path
         ModelError: a file is unreadable, or keys, shapes, dtypes or integer tensors differ; the message
             lists what differs.
         NonFiniteError: an input holds a NaN or an infinity; the file and the tensor are named.
+        StorageError: the output cannot be written, as on a full disk.
     """
     _check_weights(len(inputs), weights)
     files = [LocalFile(path) for path in inputs]
     order = _canonical_order([file.sha256 for file in files], weights)
-    _write_mean([files[i] for i in order], [weights[i] for i in order], output, MeanPlan.pieces)
+    with _typed(output):
+        _write_mean([files[i] for i in order], [weights[i] for i in order], output, MeanPlan.pieces)
 
 
 def average_models(
@@ -73,7 +78,7 @@ def average_models(
         ConfigError: the weights do not fit the inputs.
         ModelError: ``output`` exists, or the inputs differ in a file, which is named; or as
             :func:`average_files`.
-        NonFiniteError: as :func:`average_files`.
+        NonFiniteError, StorageError: as :func:`average_files`.
         RaycolbertError: what reading a file raises.
     """
     _check_weights(len(models), weights)
@@ -86,20 +91,21 @@ def average_models(
         ["".join(model[name].sha256 for name in tensor_files) for model in models], weights
     )
     models, weights = [models[i] for i in order], [weights[i] for i in order]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        for name in names:
-            target = staging / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if name in tensor_files:
-                _write_mean([model[name] for model in models], weights, target, compute)
-            else:
-                _copy(models[0][name], target)
-        staging.chmod(0o755)
-        staging.rename(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _typed(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        try:
+            for name in names:
+                target = staging / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if name in tensor_files:
+                    _write_mean([model[name] for model in models], weights, target, compute)
+                else:
+                    _copy(models[0][name], target)
+            staging.chmod(0o755)
+            staging.rename(output)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -156,10 +162,19 @@ def greedy_soup(
     return Soup(chosen, best, tuple(trials))
 
 
+@contextmanager
+def _typed(output: Path) -> Iterator[None]:
+    """Makes a typed error of what the file system refuses, a full disk for one."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"averaging into {output}: {error}") from None
+
+
 def _check_weights(inputs: int, weights: Sequence[float]) -> None:
     if inputs == 0 or inputs != len(weights):
         raise ConfigError(f"a mean needs one weight per input: {inputs} inputs, {len(weights)} weights")
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+    if not all(math.isfinite(weight) and weight > _LEAST_WEIGHT for weight in weights):
         raise ConfigError(f"weights of a mean are positive numbers, not {list(weights)}")
 
 

@@ -119,11 +119,10 @@ class MeanPlan:
         units = self.units[first:last]
         order = [(unit, number) for unit in units for number in range(len(self.files))]
         largest = max((self._floats(unit) for unit in units), default=0)
-        total, term = np.empty(largest), np.empty(_ELEMENTS_AT_ONCE)
+        total = np.empty(largest if len(self.files) > 1 else 0)
         kept: dict[Span, bytes] = {}
         for (unit, number), data in self._fetched(order, ahead):
-            place = 0
-            begin = 0
+            place = begin = 0
             for span in unit:
                 where = self.places[number][span.name]
                 raw = data[place : place + _nbytes(where, span)]
@@ -131,45 +130,33 @@ class MeanPlan:
                 if where.spec.dtype in _FLOATS:
                     end = begin + span.end - span.begin
                     values = np.frombuffer(raw, _FLOATS[where.spec.dtype])
-                    _add(values, self.weights[number], total[begin:end], term if number else None)
+                    sums = total[begin:end] if len(self.files) > 1 else None
+                    if number < len(self.files) - 1:
+                        _add(values, self.weights[number], total[begin:end], number == 0)
+                    else:
+                        yield self._piece(span, _mean(values, self.weights, sums), len(raw))
                     begin = end
-                elif number == 0:
+                    continue
+                if number == 0:
                     kept[span] = bytes(raw)
                 elif raw != kept[span]:
                     what = f"{span.name} ({where.spec.dtype})"
                     refuse_differences(
                         [f"{what} has other values in {self.files[0]} than in {self.files[number]}"]
                     )
-            if number == len(self.files) - 1:
-                yield from self._finished(unit, total, kept)
-                kept.clear()
+                if number == len(self.files) - 1:
+                    yield self._piece(span, np.frombuffer(kept.pop(span), np.uint8), len(raw))
 
-    def _finished(
-        self, unit: Sequence[Span], total: np.ndarray, kept: Mapping[Span, bytes]
-    ) -> Iterator[Piece]:
-        """The pieces of a unit whose inputs are all summed."""
-        whole = math.fsum(self.weights)
-        begin = 0
-        for span in unit:
-            spec = self.places[0][span.name].spec
-            read = _nbytes(self.places[0][span.name], span) * len(self.files)
-            if spec.dtype not in _FLOATS:
-                width = spec.nbytes // math.prod(spec.shape)
-                yield Piece(span.name, span.begin * width, np.frombuffer(kept[span], np.uint8), read)
-                continue
-            end = begin + span.end - span.begin
-            np.divide(total[begin:end], whole, out=total[begin:end])
-            with np.errstate(over="ignore"):  # found below
-                mean = total[begin:end].astype("<f4")
-            if not math.isfinite(float(mean.sum(dtype=np.float64))):
-                guilty = [
-                    str(file) for number, file in enumerate(self.files) if not self._is_finite(number, span)
-                ]
-                raise NonFiniteError(
-                    f"{span.name} is not finite in {', '.join(guilty) or 'the mean (overflow)'}"
-                )
-            yield Piece(span.name, span.begin * 4, mean, read)
-            begin = end
+    def _piece(self, span: Span, values: np.ndarray | None, nbytes: int) -> Piece:
+        """A finished piece; without values the mean is not finite."""
+        if values is None:
+            guilty = [
+                str(file) for number, file in enumerate(self.files) if not self._is_finite(number, span)
+            ]
+            raise NonFiniteError(f"{span.name} is not finite in {', '.join(guilty) or 'the mean (overflow)'}")
+        spec = self.places[0][span.name].spec
+        width = 4 if spec.dtype in _FLOATS else spec.nbytes // math.prod(spec.shape)
+        return Piece(span.name, span.begin * width, values, nbytes * len(self.files))
 
     def _fetched(
         self, order: Sequence[tuple[Unit, int]], ahead: int
@@ -263,13 +250,44 @@ def _values(stored: np.ndarray) -> np.ndarray:
     return (stored.astype(np.uint32) << 16).view(np.float32) if stored.dtype == np.uint16 else stored
 
 
-def _add(stored: np.ndarray, weight: float, total: np.ndarray, term: np.ndarray | None) -> None:
-    """Adds weighted values to the sums in float64; without room for a term, begins the sums."""
+def _terms(stored: np.ndarray, weight: float) -> Iterator[tuple[slice, np.ndarray]]:
+    """Weighted values in float64, some at a time; the array is the same each time."""
+    room = np.empty(min(len(stored), _ELEMENTS_AT_ONCE))
     for begin in range(0, len(stored), _ELEMENTS_AT_ONCE):
-        values = _values(stored[begin : begin + _ELEMENTS_AT_ONCE])
-        sums = total[begin : begin + len(values)]
-        into = sums if term is None else term[: len(values)]
-        np.copyto(into, values)
-        np.multiply(into, weight, out=into)
-        if term is not None:
-            np.add(sums, into, out=sums)
+        place = slice(begin, min(len(stored), begin + _ELEMENTS_AT_ONCE))
+        term = room[: place.stop - begin]
+        np.copyto(term, _values(stored[place]))
+        if weight != 1.0:
+            np.multiply(term, weight, out=term)
+        yield place, term
+
+
+def _add(stored: np.ndarray, weight: float, total: np.ndarray, first: bool) -> None:
+    """Adds weighted values to the sums in float64, or begins the sums with them."""
+    for place, term in _terms(stored, weight):
+        if first:
+            total[place] = term
+        else:
+            np.add(total[place], term, out=total[place])
+
+
+def _mean(stored: np.ndarray, weights: Sequence[float], total: np.ndarray | None) -> np.ndarray | None:
+    """Adds the last input to the sums of the others, if there are any, and divides.
+
+    Returns:
+        The mean in fp32, None if it is not finite.
+    """
+    # A division takes four times as long, and what the reciprocal is off is far below an ulp of fp32.
+    mean, share = np.empty(len(stored), "<f4"), 1.0 / math.fsum(weights)
+    for place, term in _terms(stored, weights[-1]):
+        if total is not None:
+            np.add(total[place], term, out=term)
+        np.multiply(term, share, out=term)
+        part = mean[place]
+        with np.errstate(over="ignore", invalid="ignore"):  # found below
+            np.copyto(part, term, casting="same_kind")
+            # What is not finite makes the sum so; where that comes of large numbers, they are looked at.
+            finite = math.isfinite(float(part.sum())) or np.isfinite(part).all()
+        if not finite:
+            return None
+    return mean

@@ -197,13 +197,14 @@ class TensorFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
         lacking = [name for name, missing in self._missing.items() if missing]
-        if kind is None and not lacking:
-            self._partial.replace(self._path)
-            return
-        self._partial.unlink(missing_ok=True)
-        if kind is None:
+        try:
+            self._file.close()  # writes what is still buffered, for which there may be no room
+            if kind is None and not lacking:
+                self._partial.replace(self._path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+        if kind is None and lacking:
             raise ValueError(f"{self._path}: not written in full: {', '.join(lacking)}")
 
 

@@ -15,7 +15,7 @@ from cluster.averaging import mean_pieces
 from cluster.config import AverageConfig, AverageInput, GreedySoup, Recipe
 from cluster.evaluation import evaluate_model
 from cluster.models import pinned
-from cluster.published_model import published_model
+from cluster.published_model import published_models
 from cluster.ray_session import has_cluster, ray_session
 from cluster.registry import Parent, Registry
 from cluster.report import Report
@@ -60,7 +60,8 @@ def run(recipe: Recipe) -> Report:
     with tempfile.TemporaryDirectory(prefix="raycolbert-average-") as folder, ExitStack() as session:
         mean = Path(folder) / "model"
         if config.greedy is None:
-            models = {parent: published_model(registry, parent) for parent, _ in inputs}
+            refs = [parent for parent, _ in inputs]
+            models = dict(zip(refs, published_models(registry, refs), strict=True))
             if has_cluster(recipe):
                 session.enter_context(ray_session(recipe))
         else:

@@ -23,6 +23,7 @@ Kind = Literal[
     "error",  # answer with an S3 error, nothing reaches the server
     "error_after",  # the server does it, then answers with an S3 error
     "stall",  # say nothing for some seconds, then close
+    "slow",  # pass it on, so many bytes a second over all connections
     "break_body",  # right headers, half of the body, then the connection closes
     "shorten_body",  # half of the body, and headers that agree with it
     "flip_body",  # one bit of the body is wrong
@@ -42,6 +43,7 @@ class Fault:
         times: how often in all; None for ever.
         status, code: of the errors that ``error`` and ``error_after`` answer with.
         seconds: how long ``stall`` lasts.
+        rate: bytes of body a second that ``slow`` lets through.
         hits: how often it has happened.
     """
 
@@ -52,8 +54,18 @@ class Fault:
     status: int = 500
     code: str = "InternalError"
     seconds: float = 5.0
+    rate: float = 1e6
     hits: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    _free_at: float = field(default=0.0, repr=False)
+
+    def wait_for(self, size: int) -> None:
+        """Waits as long as ``size`` bytes take behind all that came before them."""
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + size / self.rate
+            left = self._free_at - time.monotonic()
+        time.sleep(max(0.0, left))
 
     def strikes(self, method: str, path: str) -> bool:
         """Whether this request is hit; counts it."""
@@ -131,6 +143,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._cut()
         elif kind == "error":
             self._answer(*_error(fault))
+        elif kind == "slow":
+            fault.wait_for(len(body))
+            self._answer(*self._forward(body))
         elif kind == "stall":
             time.sleep(fault.seconds)
             self._cut()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from cluster.artifacts import ArtifactRef
 from cluster.averaging import READS_AHEAD, mean_pieces
 from cluster.config import StorageConfig
 from cluster.manifest import BLOCK_BYTES
-from cluster.published_model import published_model
+from cluster.published_model import published_models
 from cluster.registry import Registry
 from colbert_core.averaging import average_models
 
@@ -48,7 +49,7 @@ def measure(method: str, config: dict[str, object], versions: Sequence[str], fol
             "memory": lambda: download(registry, places, None),
             "disk": lambda: download(registry, places, Path(output) / "file"),
             "average": lambda: average_models(
-                [published_model(registry, ref) for ref in refs],
+                published_models(registry, refs),
                 [1.0] * len(refs),
                 Path(output) / "mean",
                 mean_pieces,
@@ -71,7 +72,7 @@ def measure(method: str, config: dict[str, object], versions: Sequence[str], fol
 
 
 def download(registry: Registry, places: Sequence[Place], target: Path | None) -> None:
-    """Plain ranged reads over as many connections as averaging uses; nothing is checked.
+    """The ranged reads of averaging over as many connections; nothing is checked.
 
     Args:
         registry: whose storage is read.
@@ -84,11 +85,17 @@ def download(registry: Registry, places: Sequence[Place], target: Path | None) -
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT) if target else None
 
     def read(number: int) -> None:
-        data = registry.store.get_range(*places[number])
+        key, start, length = places[number]
+        buffer = memoryview(own.buffer)[:length]
+        if registry.store.read_into(key, start, buffer) != length:
+            raise RuntimeError(f"{key}: ends before byte {start + length}")
         if descriptor is not None:
-            os.pwrite(descriptor, data, offsets[number])
+            os.pwrite(descriptor, buffer, offsets[number])
 
-    with ThreadPoolExecutor(READS_AHEAD) as pool:
+    own = threading.local()
+    with ThreadPoolExecutor(
+        READS_AHEAD, initializer=lambda: setattr(own, "buffer", bytearray(BLOCK_BYTES))
+    ) as pool:
         for _ in pool.map(read, range(len(places))):
             pass
     if descriptor is not None:

@@ -105,6 +105,11 @@ class ObjectStore(ABC):
             ObjectNotFound: there is no such object.
         """
 
+    def read_hashed(self, key: str, start: int, buffer: memoryview) -> tuple[int, str]:
+        """As :meth:`read_into`; returns also the hex SHA-256 of the bytes that there were."""
+        count = self.read_into(key, start, buffer)
+        return count, hashlib.sha256(buffer[:count]).hexdigest()
+
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
         """A buffered, seekable reader. It reads one object even if the key is overwritten meanwhile,

@@ -7,7 +7,7 @@ import io
 import logging
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
@@ -36,6 +36,16 @@ _PART_BYTES = 8 << 20
 _MAX_PARTS = 9_000
 _MAX_WHOLE_BYTES = 5 << 30
 _PARTS_AT_ONCE = 8
+
+
+class _Unhashed:
+    """Stands for a digest where none is asked for."""
+
+    def update(self, data: memoryview | bytes) -> None:
+        """Does nothing."""
+
+    def hexdigest(self) -> str:
+        return ""
 
 
 class S3Store(ObjectStore):
@@ -83,21 +93,37 @@ class S3Store(ObjectStore):
             return b""
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        return self._read("read_into", key, start, buffer, _Unhashed)[0]
+
+    def read_hashed(self, key: str, start: int, buffer: memoryview) -> tuple[int, str]:
+        return self._read("read_hashed", key, start, buffer, hashlib.sha256)
+
+    def _read(
+        self, operation: str, key: str, start: int, buffer: memoryview, new_digest: Callable[[], Any]
+    ) -> tuple[int, str]:
         check_range(start, len(buffer))
         if not buffer:
             self.head(key)
-            return 0
+            return 0, new_digest().hexdigest()
+        straight = True
 
-        def request() -> int:
-            # The body's own readinto copies twice, by way of a queue of small pieces.
+        def request() -> tuple[int, str]:
+            nonlocal straight
+            digest = new_digest()
+            if straight:
+                straight = False
+                count = self.requests.ranges.read_into(self._at(key)["Key"], start, buffer, digest)
+                if count is not None:
+                    return count, digest.hexdigest()
             data = self._read_range(key, start, len(buffer))
             buffer[: len(data)] = data
-            return len(data)
+            digest.update(data)
+            return len(data), digest.hexdigest()
 
         try:
-            return self._call("read_into", key, request)
+            return self._call(operation, key, request)
         except OutOfRange:
-            return 0
+            return 0, new_digest().hexdigest()
 
     def _read_range(self, key: str, start: int, length: int) -> bytes:
         """One try to read a range that is not empty."""

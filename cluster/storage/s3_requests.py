@@ -16,6 +16,7 @@ from botocore.config import Config
 
 from cluster.config import StorageConfig
 from cluster.storage.s3_errors import REQUEST_ERRORS, Fault, explain
+from cluster.storage.s3_ranges import RangeReader
 from colbert_core.errors import IntegrityError, ObjectNotFound, PreconditionFailed, StorageError
 
 Answer = TypeVar("Answer")
@@ -84,6 +85,7 @@ class S3Requests:
                 user_agent_extra="raycolbert",
             ),
         )
+        self.ranges = RangeReader(core, self.client, bucket)
         credentials = session.get_credentials()
         self._secrets: tuple[str, ...] = ()
         if credentials is not None:

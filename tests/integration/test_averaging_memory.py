@@ -28,7 +28,7 @@ from pathlib import Path
 from cluster.averaging import mean_pieces
 from cluster.artifacts import ArtifactRef
 from cluster.config import StorageConfig
-from cluster.published_model import published_model
+from cluster.published_model import published_models
 from cluster.registry import Registry
 from colbert_core.averaging import average_models
 
@@ -40,7 +40,7 @@ config, versions, output = json.loads(sys.argv[1]), json.loads(sys.argv[2]), Pat
 registry = Registry.open(StorageConfig.model_validate(config))
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 baseline = status("VmRSS")
-models = [published_model(registry, ArtifactRef("models", "ja", version)) for version in versions]
+models = published_models(registry, [ArtifactRef("models", "ja", version) for version in versions])
 average_models(models, [1.0 + n for n in range(len(models))], output, mean_pieces)
 print(status("VmHWM") - baseline)
 """

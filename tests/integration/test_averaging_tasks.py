@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from cluster import averaging
 from cluster.artifacts import ArtifactRef
 from cluster.averaging import mean_pieces, other_cpus, spread_pieces, unit_groups
-from cluster.published_model import published_model
+from cluster.published_model import published_models
 from cluster.registry import Registry
 from colbert_core.averaging import average_models
 from colbert_core.errors import IntegrityError
@@ -82,7 +82,7 @@ def test_the_mean_is_the_same_to_the_bit(
         return spread_pieces(plan, tasks)
 
     monkeypatch.setattr(averaging, "spread_pieces", watched)
-    published = [published_model(registry, ref(number)) for number in range(3)]
+    published = published_models(registry, [ref(number) for number in range(3)])
     average_models(published, WEIGHTS, tmp_path / "tasks", mean_pieces)
     assert spread == [2]
     average_models(published[::-1], WEIGHTS[::-1], tmp_path / "turned", mean_pieces)
@@ -102,7 +102,7 @@ def test_damage_found_by_a_task_is_a_typed_error(
     damaged[20 << 20] ^= 1
     registry.store.put(key, bytes(damaged))
     try:
-        models = [published_model(registry, ref(number)) for number in range(3)]
+        models = published_models(registry, [ref(number) for number in range(3)])
         with pytest.raises(IntegrityError, match=r"^models/ja/v1/.*bytes 16777216 to 25165824 do not match"):
             average_models(models, WEIGHTS, tmp_path / "mean", mean_pieces)
         assert list(tmp_path.iterdir()) == []

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from cluster.artifacts import ArtifactRef
 from cluster.averaging import mean_pieces
-from cluster.published_model import published_model
+from cluster.published_model import published_models
 from cluster.registry import Registry
 from cluster.storage import open_store
 from colbert_core.averaging import average_models
 from colbert_core.errors import IntegrityError, StorageError
 from tests.fault_cases import CASES, OUTAGES, Case
-from tests.fault_matrix import DOCUMENT, Result, document, run
+from tests.fault_matrix import DOCUMENT, Result, can_mount, document, run
 from tests.fault_proxy import Fault, FaultProxy, Kind
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
@@ -54,6 +54,7 @@ def results(
     """The chosen cases, several at once: most of their time is waiting."""
     items = [item for item in request.session.items if item.name.startswith("test_fault[")]
     chosen = [item.callspec.params["case"] for item in items] or CASES
+    chosen = [case for case in chosen if case.special != "full_disk" or can_mount()]
     with ThreadPoolExecutor(6) as pool:
         yield {
             case.row: pool.submit(run, case, s3_server, bucket, tmp_path_factory.mktemp("case"))
@@ -63,6 +64,8 @@ def results(
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation}-{case.text}")
 def test_fault(case: Case, results: dict[str, Future[Result]], log: io.StringIO) -> None:
+    if case.row not in results:
+        pytest.skip("this user may not mount a small file system")
     result = results[case.row].result()
     assert result.agrees(case), result.outcome
     assert result.seconds < 3 * case.timeout_s
@@ -75,6 +78,12 @@ def test_retries_are_logged(results: dict[str, Future[Result]], log: io.StringIO
     for future in results.values():
         future.result()
     assert "503 SlowDown; try 2 follows" in log.getvalue()
+
+
+def test_there_are_unfinished_uploads_to_collect(results: dict[str, Future[Result]]) -> None:
+    """Every publish is followed by a collection that must leave none; here is that there were some."""
+    leaked = [future.result().leaked for future in results.values()]
+    assert any(leaked) or len(leaked) < len(CASES) // 2
 
 
 @pytest.mark.parametrize("status", [400, 403])
@@ -119,7 +128,7 @@ def test_a_mean_survives_broken_blocks(s3_server: S3Server, bucket: str, tmp_pat
     with FaultProxy(s3_server.endpoint_url) as proxy:
         config = direct.store.config.model_copy(update={"endpoint_url": proxy.url, "request_timeout_s": 5})
         faulty = Registry.open(config)
-        models = [published_model(faulty, ref) for ref in refs]
+        models = published_models(faulty, refs)
         # A block that is damaged twice counts as damaged in storage.
         times = 1 if kind in ("flip_body", "shorten_body") else 2
         with proxy.fault(Fault(kind, ("GET",), "model.safetensors", times=times)) as fault:

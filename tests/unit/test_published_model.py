@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,7 @@ from safetensors.torch import save_file
 from cluster import manifest, published_model, verified_reader
 from cluster.artifacts import ArtifactRef
 from cluster.config import StorageConfig
-from cluster.published_model import KeptBlocks, PublishedFile
-from cluster.published_model import published_model as files_of
+from cluster.published_model import KeptBlocks, PublishedFile, published_models
 from cluster.registry import Registry
 from cluster.storage import LocalStore
 from colbert_core import mean_plan
@@ -57,7 +57,7 @@ def registry(tmp_path: Path) -> Registry:
 
 def publish(registry: Registry, folder: Path, ref: ArtifactRef = REF) -> dict[str, LocalFile]:
     registry.publish(ref, folder)
-    return {path: file for path, file in files_of(registry, ref).items()}  # type: ignore[misc]
+    return {path: file for path, file in published_models(registry, [ref])[0].items()}  # type: ignore[misc]
 
 
 def test_ranges_are_the_file_s_bytes(registry: Registry, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_ranges_are_the_file_s_bytes(registry: Registry, tmp_path: Path) -> None
     travelled = pickle.loads(pickle.dumps(files["large"]))  # noqa: S301
     assert read_range(travelled, 100, 5000) == CONTENT[100:5100]
     with pytest.raises(ArtifactNotFound):
-        files_of(registry, ArtifactRef("models", "ja", "v9"))
+        published_models(registry, [ArtifactRef("models", "ja", "v9")])
 
 
 def test_damage_is_found_in_the_block_that_is_read(registry: Registry, tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_damage_is_found_in_the_block_that_is_read(registry: Registry, tmp_path:
         read_range(file, 2 * BLOCK, 5)
     registry.store.delete(key)
     with pytest.raises(IntegrityError, match="missing"):
-        read_range(file, 0, 5)
+        read_range(file, 3 * BLOCK, 5)
 
 
-@pytest.mark.parametrize("inputs", [2, 4])
+@pytest.mark.parametrize("inputs", [2, 4, 10])
 def test_a_mean_fetches_every_block_once(
     registry: Registry, tmp_path: Path, reads: Counter[tuple[str, int]], inputs: int
 ) -> None:
@@ -135,18 +135,36 @@ def test_a_mean_fetches_every_block_once(
 def test_only_a_few_blocks_are_kept() -> None:
     fetched: list[int] = []
 
-    def fetch(number: int) -> bytearray:
-        fetched.append(number)
-        return bytearray(1)
+    def ask(number: int, wanted: int) -> None:
+        def fetch() -> bytearray:
+            fetched.append(number)
+            return bytearray(10)
+
+        kept.get("f", number, 10, wanted, fetch)
 
     kept = KeptBlocks()
     for number in range(20):
-        kept.get("f", number, True, lambda n=number: fetch(n))
-    kept.get("f", 19, False, lambda: fetch(19))
-    assert fetched == list(range(20))
-    kept.get("f", 19, False, lambda: fetch(19))  # was let go
-    kept.get("f", 3, False, lambda: fetch(3))  # had to make room
-    assert fetched[20:] == [19, 3]
+        ask(number, 4)
+    for number in range(19, -1, -1):
+        ask(number, 6)
+    assert fetched == [*range(20), *range(9, -1, -1)]
+    assert kept._blocks == {} and kept._left == {}, "what was read to its end is let go"
+
+
+def test_the_parts_of_a_block_may_be_asked_for_in_any_order() -> None:
+    """Which of two threads comes first is chance."""
+    fetched: list[int] = []
+
+    def fetch() -> bytearray:
+        fetched.append(0)
+        return bytearray(10)
+
+    for parts in permutations((1, 3, 6)):
+        kept = KeptBlocks()
+        for wanted in parts:
+            kept.get("f", 0, 10, wanted, fetch)
+        assert len(fetched) == 1 and kept._blocks == {}
+        fetched.clear()
 
 
 def test_a_failed_fetch_is_no_block() -> None:
@@ -156,8 +174,8 @@ def test_a_failed_fetch_is_no_block() -> None:
         raise IntegrityError("damaged")
 
     with pytest.raises(IntegrityError):
-        kept.get("f", 0, True, fail)
-    assert kept.get("f", 0, True, lambda: bytearray(b"x")) == b"x"
+        kept.get("f", 0, 10, 4, fail)
+    assert kept.get("f", 0, 10, 4, lambda: bytearray(b"x")) == b"x"
 
 
 def test_large_files_without_block_digests_are_pulled(registry: Registry, tmp_path: Path) -> None:
@@ -167,6 +185,6 @@ def test_large_files_without_block_digests_are_pulled(registry: Registry, tmp_pa
     entry = published.files["large"].model_copy(update={"blocks": ()})
     older = published.model_copy(update={"files": {"large": entry}})
     registry.store.put("models/ja/v1/manifest.json", older.to_bytes())
-    file = files_of(registry, REF)["large"]
+    file = published_models(registry, [REF])[0]["large"]
     assert isinstance(file, LocalFile) and not isinstance(file, PublishedFile)
     assert read_range(file, 4000, 5000) == CONTENT[4000:9000]
