@@ -44,7 +44,10 @@ class ColBERTConfig(FrozenModel):
         None, description="a marker new to the vocabulary starts as the mean embedding of this text"
     )
     document_marker_init: str | None = Field(None, description="the same for the document marker")
-    skip_punctuation: bool = Field(True, description="drop ASCII punctuation vectors of documents")
+    skip_punctuation: bool | tuple[str, ...] = Field(
+        True,
+        description="drop ASCII punctuation vectors of documents; a list: of exactly these tokens instead",
+    )
     do_lower_case: bool = Field(False, description="lower-case texts before tokenising")
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ from colbert_core.formats_weights import (
     write_json,
     write_tensors,
 )
-from colbert_core.text import find_token
+from colbert_core.text import find_token, skip_setting
 
 MODULES_FILE = "modules.json"
 DENSE_FOLDER = "1_Dense"
@@ -41,7 +41,6 @@ DENSE_FOLDER = "1_Dense"
 _SETTINGS_FILE = "config_sentence_transformers.json"
 _TRANSFORMER_FILE = "sentence_bert_config.json"
 _IDENTITY = "torch.nn.modules.linear.Identity"
-_WORD_START = "▁Ġ"
 # Tokenizers without a real bound report about 1e30 as model_max_length.
 _NO_BOUND = 1_000_000
 
@@ -193,7 +192,10 @@ def read_settings(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
                 f"{path}: the tokenizer makes {' '.join(pieces)} of the {side} prompt {prefixes[side]!r}; "
                 "this model has markers of one token, not text prompts"
             )
-    values["skip_punctuation"] = _skips_punctuation(skiplist, directory)
+    # As both look them up: what is not in the vocabulary stands for [UNK], which is then skipped.
+    skipped = tokenizer.convert_tokens_to_ids([str(word) for word in skiplist or []])
+    assert isinstance(skipped, list)  # as a list was asked for
+    values["skip_punctuation"] = skip_setting(tokenizer, set(skipped))
     return values
 
 
@@ -277,15 +279,3 @@ def _marker(prefix: str | None, side: str, tokenizer: PreTrainedTokenizerBase, p
         f"{path}: the {side} prefix {prefix!r} is not one token of the vocabulary; this model has markers, "
         "not text prompts"
     )
-
-
-def _skips_punctuation(words: Any, directory: Path) -> bool:
-    symbols = {str(word).lstrip(_WORD_START) for word in words or []}
-    if not symbols:
-        return False
-    other = sorted(symbols - set(string.punctuation))
-    if other:
-        raise ModelError(
-            f"{directory}: skiplist_words holds {', '.join(other[:5])}; only ASCII punctuation can be skipped"
-        )
-    return True

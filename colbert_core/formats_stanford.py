@@ -7,6 +7,8 @@ the settings, flat or under "config".
 
 from __future__ import annotations
 
+import string
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ModelError
 from colbert_core.formats_weights import LINEAR_KEY, read_object, write_json
+from colbert_core.text import skip_setting
 
 METADATA_FILE = "artifact.metadata"
 ARCHITECTURE = "HF_ColBERT"
@@ -34,10 +37,35 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+class StanfordExportWarning(UserWarning):
+    """An export whose settings Stanford's layout has no words for."""
+
+
+def masked_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that the reference code drops from documents under ``mask_punctuation``.
+
+    For each symbol it is the first piece of the symbol alone (``encode(symbol)[0]``). With WordPiece that
+    is the symbol. SentencePiece puts a word's start in front: where the vocabulary has '▁!', the '!' that
+    follows a word is kept, and where it lacks it, every bare '▁' is dropped.
+    """
+    pieces = (tokenizer.encode(symbol, add_special_tokens=False) for symbol in string.punctuation)
+    return {int(ids[0]) for ids in pieces if ids}
+
+
 def write_stanford(model: ColBERT, directory: Path) -> None:
     """Writes artifact.metadata. ``model_name`` is null: a name that cannot be resolved would make the
-    reference code take the class of bert-base-uncased, whatever the backbone is."""
+    reference code take the class of bert-base-uncased, whatever the backbone is.
+
+    Warns:
+        StanfordExportWarning: the reference code will compute other scores; it is said why.
+    """
     config = model.config
+    if reasons := stanford_differences(model):
+        warnings.warn(
+            f"Stanford's ColBERT will not score as this model does: {'; '.join(reasons)}",
+            StanfordExportWarning,
+            stacklevel=3,
+        )
     write_json(
         directory / METADATA_FILE,
         {
@@ -48,7 +76,7 @@ def write_stanford(model: ColBERT, directory: Path) -> None:
             "dim": config.dim,
             "query_maxlen": config.query_length,
             "doc_maxlen": config.document_length,
-            "mask_punctuation": config.skip_punctuation,
+            "mask_punctuation": config.skip_punctuation is not False,
             "attend_to_mask_tokens": config.attend_to_expansion,
             "dynamic_query_maxlen": config.query_length_rule == "released",
             "dynamic_querylen_multiples": config.query_length_multiple,
@@ -62,6 +90,30 @@ def write_stanford(model: ColBERT, directory: Path) -> None:
             "meta": {"version": "colbert-v0.4"},
         },
     )
+
+
+def stanford_differences(model: ColBERT) -> list[str]:
+    """What the reference code will do otherwise than this model, in words; nothing where scores are equal."""
+    config, reasons = model.config, []
+    wanted = set(model.text.skip_ids.tolist())
+    if wanted:
+        given = masked_ids(model.tokenizer)
+
+        def shown(ids: set[int]) -> str:
+            pieces = model.tokenizer.convert_ids_to_tokens(sorted(ids))
+            return " ".join(pieces[:8]) + (" …" if len(pieces) > 8 else "")
+
+        if kept := wanted - given:
+            reasons.append(f"it keeps the document vectors of {shown(kept)}")
+        if dropped := given - wanted:
+            reasons.append(f"it drops those of {shown(dropped)}")
+        if reasons:
+            reasons.append("skip_punctuation: false is the same in both")
+    if not config.expand_queries:
+        reasons.append("it expands queries with [MASK], expand_queries is false here")
+    if config.do_lower_case:
+        reasons.append("it does not lower-case texts, do_lower_case is true here")
+    return reasons
 
 
 def read_metadata(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -87,7 +139,9 @@ def read_metadata(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
         "query_length": values["query_maxlen"],
         "document_length": values["doc_maxlen"],
         "query_length_rule": "released" if dynamic else "fixed",
-        "skip_punctuation": values["mask_punctuation"],
+        "skip_punctuation": skip_setting(
+            tokenizer, masked_ids(tokenizer) if values["mask_punctuation"] else ()
+        ),
         "attend_to_expansion": values["attend_to_mask_tokens"],
     }
     if dynamic and given.get("dynamic_querylen_multiples"):

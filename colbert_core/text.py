@@ -8,7 +8,7 @@ Nothing is padded here: batches are ragged, and the encoder pads the few rows it
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -111,11 +111,12 @@ class TextProcessor:
         query_marker_id, document_marker_id: the ids inserted at index 1.
         mask_id: the id that queries are expanded with; None if the tokenizer has none and queries are
             not expanded.
-        skip_ids: sorted ids of ASCII punctuation, which yields no document vectors.
+        skip_ids: sorted ids of ASCII punctuation, or of what the config names, which yields no document
+            vectors.
 
     Raises:
-        ModelError: a marker is not in the vocabulary, or queries are to be expanded and the tokenizer
-            has no mask token.
+        ModelError: a marker or a token to skip is not in the vocabulary, or queries are to be expanded
+            and the tokenizer has no mask token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -134,7 +135,7 @@ class TextProcessor:
                 f"tokenizer {self.tokenizer.name_or_path!r} has no mask token, which expand_queries needs; "
                 "use another backbone or set expand_queries to false"
             )
-        self.skip_ids = punctuation_ids(self.tokenizer) if self.config.skip_punctuation else _NO_IDS
+        self.skip_ids = self._skip_ids()
         # Which specials the tokenizer puts around a text: [CLS] … [SEP] in most encoders.
         empty, probe = self._tokenize(["", "a"])
         self._specials_before = next(
@@ -204,6 +205,18 @@ class TextProcessor:
             )
         return index
 
+    def _skip_ids(self) -> NDArray[np.int32]:
+        skipped = self.config.skip_punctuation
+        if isinstance(skipped, bool):
+            return punctuation_ids(self.tokenizer) if skipped else _NO_IDS
+        found = {token: find_token(self.tokenizer, token) for token in skipped}
+        if missing := [token for token, index in found.items() if index is None]:
+            raise ModelError(
+                f"skip_punctuation names {', '.join(map(repr, missing))}, not in the vocabulary of tokenizer "
+                f"{self.tokenizer.name_or_path!r}"
+            )
+        return np.asarray(sorted({index for index in found.values() if index is not None}), dtype=np.int32)
+
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids with the tokenizer's own specials, at full length: cutting is done here, to be counted."""
         for position, text in enumerate(texts):
@@ -260,3 +273,12 @@ def punctuation_ids(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int32]:
             if index is not None and piece.lstrip(_WORD_START) == symbol:
                 found.add(index)
     return np.asarray(sorted(found - set(tokenizer.all_special_ids)), dtype=np.int32)
+
+
+def skip_setting(tokenizer: PreTrainedTokenizerBase, ids: Collection[int]) -> bool | tuple[str, ...]:
+    """The ``skip_punctuation`` under which exactly these ids yield no document vectors."""
+    if not ids:
+        return False
+    if sorted(ids) == punctuation_ids(tokenizer).tolist():
+        return True
+    return tuple(tokenizer.convert_ids_to_tokens(sorted(ids)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import string
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from colbert_core.config import ColBERTConfig
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ConfigError, DimensionError, ModelError, SchemaVersionError
 from colbert_core.formats import detect_layout, has_projection, load_model, save_model
+from colbert_core.formats_stanford import StanfordExportWarning
 from tests.tiny_models import tiny_bert_dir, tiny_japanese_dir, tiny_modernbert_dir, tiny_xlmr_dir
 
 BASES = {
@@ -280,7 +283,8 @@ def test_a_sentence_transformers_6_directory_is_read(models, copied):
     settings = load_model(directory).config
     assert settings.query_marker == "[unused2]" and settings.document_marker == "[unused1]"
     assert (settings.query_length, settings.document_length) == (24, 99)
-    assert settings.attend_to_expansion and settings.expand_queries and settings.skip_punctuation
+    assert settings.attend_to_expansion and settings.expand_queries
+    assert settings.skip_punctuation == ("!", "?")
     # Without lengths it cuts at what the model has positions for.
     (directory / "sentence_bert_config.json").write_text("{}")
     settings = load_model(directory).config
@@ -294,6 +298,71 @@ def test_a_sentence_transformers_6_directory_is_read(models, copied):
     edit(directory / "sentence_bert_config.json", query_expansion={"strategy": "min", "length": 24})
     with pytest.raises(ModelError, match="only the strategy 'fixed'"):
         load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (list(string.punctuation), True),
+        ([], False),
+        (["the", "!"], ("!", "the")),
+        (["nowhere"], ("[UNK]",)),  # both libraries then skip unknown pieces
+    ],
+)
+def test_pylates_skiplist_is_kept_as_it_is(copied, tmp_path, words, setting):
+    edit(as_pylate(copied) / "config_sentence_transformers.json", skiplist_words=words)
+    loaded = load_model(copied)
+    assert loaded.config.skip_punctuation == setting
+    save_model(loaded, tmp_path / "again", layouts=("pylate",))
+    again = json.loads((tmp_path / "again" / "config_sentence_transformers.json").read_text())
+    assert set(again["skiplist_words"]) == ({"[UNK]"} if words == ["nowhere"] else set(words))
+    assert load_model(tmp_path / "again").config == loaded.config
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_stanfords_skiplist_is_the_first_piece_of_each_symbol(models, tmp_path, base):
+    """What its code computes, in its own words: with SentencePiece neither punctuation nor all of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save_model(models(base), tmp_path / "m", layouts=("stanford",))
+    told = [str(each.message) for each in caught if each.category is StanfordExportWarning]
+    (tmp_path / "m" / "raycolbert.json").unlink()
+    loaded = load_model(tmp_path / "m")
+    tokenizer = loaded.tokenizer
+    theirs = {tokenizer.encode(symbol, add_special_tokens=False)[0] for symbol in string.punctuation}
+    assert set(loaded.text.skip_ids.tolist()) == theirs
+    if base == "xlmr":
+        assert "▁" in loaded.config.skip_punctuation and "!" not in loaded.config.skip_punctuation
+        (text,) = told
+        assert 'keeps the document vectors of ! " #' in text and "drops those of ▁;" in text
+    else:
+        assert loaded.config.skip_punctuation is True
+        assert told == []
+    # What was read there is said there again, without a loss.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_model(loaded, tmp_path / "again", layouts=("stanford",))
+    (tmp_path / "again" / "raycolbert.json").unlink()
+    assert load_model(tmp_path / "again").config == loaded.config
+    same_vectors(load_model(tmp_path / "again"), loaded)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"expand_queries": False}, "it expands queries with"),
+        ({"do_lower_case": True}, "it does not lower-case"),
+        ({"skip_punctuation": ("!", "the")}, 'it keeps the document vectors of the; it drops those of "'),
+    ],
+)
+def test_an_export_that_stanfords_code_reads_otherwise_warns(models, tmp_path, setting, reason):
+    model = models("bert")
+    other = ColBERT(model.backbone, model.projection, model.tokenizer, config("bert", **setting))
+    with pytest.warns(StanfordExportWarning, match=reason):
+        save_model(other, tmp_path / "m")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_model(other, tmp_path / "p", layouts=("pylate",))
 
 
 def test_overrides_replace_the_stored_config(saved):
@@ -411,7 +480,6 @@ def test_damage_is_named(copied, damage, message):
     [
         ("similarity_fn_name", "cosine", "only MaxSim is supported"),
         ("query_prefix", "[unused0] [unused2]", "the query prefix .* is not one token"),
-        ("skiplist_words", ["!", "the"], "skiplist_words holds the"),
         ("query_length", "many", r"modules\.json: query_length"),
     ],
 )

@@ -11,7 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from colbert_core.config import ColBERTConfig
 from colbert_core.errors import DataError, ModelError
-from colbert_core.text import TextProcessor, TruncationCount, punctuation_ids, query_length
+from colbert_core.text import (
+    TextProcessor,
+    TruncationCount,
+    punctuation_ids,
+    query_length,
+    skip_setting,
+)
 from tests import tiny_models
 
 FAMILIES = ("bert", "japanese", "xlmr", "modernbert")
@@ -142,6 +148,19 @@ def test_the_skiplist_holds_ascii_punctuation_and_nothing_else(
     assert batch.attend[1].all()
     everything = TextProcessor(tokenizer, ColBERTConfig(skip_punctuation=False)).documents(["?!."])
     assert everything.score[0].all()
+
+
+def test_a_list_of_tokens_is_skipped_instead(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    tokenizer = tokenizers["bert"]
+    processor = TextProcessor(tokenizer, ColBERTConfig(skip_punctuation=("cat", "!")))
+    batch = processor.documents(["the cat, the dog!"])
+    skipped = tokenizer.convert_ids_to_tokens(batch.ids[0][~batch.score[0]].tolist())
+    assert skipped == ["cat", "!"]
+    assert skip_setting(tokenizer, processor.skip_ids.tolist()) == ("!", "cat")
+    assert skip_setting(tokenizer, punctuation_ids(tokenizer).tolist()) is True
+    assert skip_setting(tokenizer, ()) is False
+    with pytest.raises(ModelError, match=r"names 'nowhere', 'neither', not in the vocabulary"):
+        TextProcessor(tokenizer, ColBERTConfig(skip_punctuation=("nowhere", "!", "neither")))
 
 
 def test_a_symbol_missing_from_the_vocabulary_does_not_skip_unknown_tokens(tmp_path: Path) -> None:
