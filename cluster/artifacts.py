@@ -1,7 +1,8 @@
 """Names of everything that a recipe makes.
 
 A version is a fingerprint of all that determines its content, parents included. A job can therefore
-tell from the recipe alone whether its output exists, and a changed recipe never meets a stale output.
+tell from the recipe alone whether its output exists, and a changed recipe never meets a stale output. What
+the data files hold is no part of a recipe: :mod:`cluster.data_files` compares it.
 Jobs replace aliases by versions first (:func:`cluster.models.pinned`): here they are taken as written.
 """
 
@@ -39,7 +40,7 @@ class ArtifactRef:
 def base_ref(recipe: Recipe) -> ArtifactRef:
     """The untrained start: backbone, markers and initial projection."""
     source = recipe.data.sources[recipe.model.pca_source] if recipe.model.pca_source else None
-    digest = fingerprint(recipe.model, source, recipe.data.root if source else None, recipe.seed)
+    digest = fingerprint(recipe.model, source, _place(recipe) if source else None, recipe.seed)
     return ArtifactRef("models", recipe.model.name, f"base-{digest}")
 
 
@@ -48,14 +49,14 @@ def candidates_ref(recipe: Recipe, tuples: str) -> ArtifactRef:
     tuple_set = recipe.data.tuples[tuples]
     name = f"{recipe.name}-{tuples}-candidates"
     if tuple_set.read is not None:
-        return ArtifactRef("data", name, fingerprint(tuple_set.read, recipe.data.root))
+        return ArtifactRef("data", name, fingerprint(tuple_set.read, _place(recipe)))
     mining = tuple_set.mine
     assert mining is not None  # a tuple set has exactly one origin
     scorers = {pool.scorer: scorer_identity(recipe, pool.scorer) for pool in mining.pools}
     digest = fingerprint(
         mining.model_dump(mode="json", exclude=_PARALLEL),
         recipe.data.sources[mining.source],
-        recipe.data.root,
+        _place(recipe),
         scorers,
     )
     return ArtifactRef("data", name, digest)
@@ -65,7 +66,7 @@ def tuples_ref(recipe: Recipe, tuples: str) -> ArtifactRef:
     """A training set in native tuple form, teacher scores included."""
     tuple_set = recipe.data.tuples[tuples]
     if tuple_set.read is not None:
-        origin: object = [tuple_set.read.model_dump(mode="json"), recipe.data.root]
+        origin: object = [tuple_set.read.model_dump(mode="json"), _place(recipe)]
     else:
         origin = candidates_ref(recipe, tuples).version
     scoring = tuple_set.score
@@ -142,7 +143,13 @@ def input_refs(recipe: Recipe, item: AverageInput) -> list[ArtifactRef]:
 def _source_identity(recipe: Recipe, source: str | None) -> Any:
     """What determines a data source's content, as far as a recipe says it."""
     assert source is not None  # the recipe was checked
-    return [recipe.data.sources[source].model_dump(mode="json"), recipe.data.root]
+    return [recipe.data.sources[source].model_dump(mode="json"), _place(recipe)]
+
+
+def _place(recipe: Recipe) -> Any:
+    """Where the data files are, and which edition of them it is."""
+    data = recipe.data
+    return data.root if data.edition is None else [data.root, data.edition]
 
 
 def model_ref(recipe: Recipe, spec: str) -> ArtifactRef:
@@ -171,7 +178,7 @@ def index_ref(recipe: Recipe) -> ArtifactRef:
     spec = recipe.index.model
     model = spec if "@" in spec else model_ref(recipe, spec).version
     sources = {name: recipe.data.sources[name].model_dump(mode="json") for name in recipe.index.sources}
-    return ArtifactRef("indexes", recipe.index.name, fingerprint(content, model, sources, recipe.data.root))
+    return ArtifactRef("indexes", recipe.index.name, fingerprint(content, model, sources, _place(recipe)))
 
 
 def training_phase(recipe: Recipe, name: str) -> TrainPhase:

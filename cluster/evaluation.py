@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.artifacts import ArtifactRef, index_ref, scorer_identity
 from cluster.config import Recipe, System, fingerprint
+from cluster.data_files import DataFiles, source_files
 from cluster.mining import stable_hash
 from cluster.models import ensure_base, load_model_ref, resolve_model
 from cluster.registry import Registry
@@ -33,7 +34,7 @@ class Evaluator:
     """Runs systems over one source; scorers are built once, and finished results are not made again.
 
     A result is kept in storage under ``evaluations/<recipe>/<fingerprint>/``: the run in TREC format and
-    the values per query. The fingerprint covers the system, the source and the depth.
+    the values per query. The fingerprint covers the system, the source's content and the depth.
 
     Args:
         recipe: names systems' scorers and models, and where the data are.
@@ -196,9 +197,9 @@ class Evaluator:
         return plain
 
     def _key(self, identity: Any) -> str:
-        source = self.recipe.data.sources[self.source_name].model_dump(mode="json")
+        content = DataFiles(self.recipe, source_files(self.recipe, self.source_name)).fingerprint
         sample = [] if self.max_queries is None else [self.max_queries, self.recipe.seed]
-        digest = fingerprint(identity, source, self.recipe.data.root, self.depth, *sample)
+        digest = fingerprint(identity, content, self.depth, *sample)
         return f"evaluations/{self.recipe.name}/{digest}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.artifacts import ArtifactRef
 from cluster.config import IndexConfig, Recipe
+from cluster.data_files import DataFiles
 from cluster.index_corpus import BuildArea, Chunk, Counts, corpus_files, corpus_state
 from cluster.index_worker import IndexWorker
 from cluster.manifest import Manifest, Parent
@@ -48,7 +49,8 @@ def build_index(
     """
     staged = registry.staging(ref)
     area = BuildArea(registry.store, ref)
-    area.begin({"model": str(model), "corpus": corpus_state(recipe, corpus_files(recipe, config.sources))})
+    data = DataFiles(recipe, corpus_files(recipe, config.sources))
+    area.begin({"model": str(model), "corpus": corpus_state(recipe, list(data.files))})
     with WorkerPool(
         IndexWorker,
         (recipe, config, ref, model),
@@ -96,7 +98,7 @@ def build_index(
             expected=files,
             parents=[Parent(model)],
             recipe=recipe.model_dump(mode="json"),
-            fingerprint=ref.version,
+            fingerprint=data.fingerprint,
             metrics=report.metrics,
             extra={
                 "dim": codec["dim"],
@@ -104,6 +106,7 @@ def build_index(
                 "tokens": counts.tokens,
                 "codec": codec["sha256"],
                 "shards": report.details["shards"],
+                **data.record(),
             },
         )
         # What cannot be removed now is left to garbage collection.

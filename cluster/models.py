@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -11,16 +12,25 @@ import torch
 
 from cluster.artifacts import ArtifactRef, base_ref, model_ref
 from cluster.config import Recipe
+from cluster.data_files import DataFiles, check_same_files
 from cluster.registry import Registry
 from cluster.sources import document_text, read_records
 from colbert_core.config import FrozenModel
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ArtifactNotFound, ConfigError, DataError, VersionExists
 from colbert_core.formats import has_projection, load_model, save_model
+from colbert_core.formats_stanford import StanfordExportWarning
 from colbert_core.pretrained import resolve_base
 from colbert_core.projection import pca_projection
 
 Section = TypeVar("Section", bound=FrozenModel)
+
+
+def save_for_registry(model: ColBERT, directory: Path) -> None:
+    """Writes a model in all layouts. Who takes Stanford's out of the registry is told what it cannot say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StanfordExportWarning)
+        save_model(model, directory)
 
 
 def ensure_base(recipe: Recipe, registry: Registry) -> ArtifactRef:
@@ -32,22 +42,31 @@ def ensure_base(recipe: Recipe, registry: Registry) -> ArtifactRef:
     Raises:
         ConfigError: ``projection: pca`` for a base that has a projection.
         ModelError: the base cannot be loaded.
-        DataError: the source of the PCA has no documents, or is malformed.
+        DataError: the source of the PCA has no documents, is malformed, or was changed since the start was
+            made of it.
     """
-    ref = base_ref(recipe)
+    ref, settings = base_ref(recipe), recipe.model
+    paths = [recipe.data.sources[settings.pca_source].corpus] if settings.pca_source else []
     if registry.exists(ref):
+        check_same_files(recipe, registry, ref, paths)
         return ref
+    data = DataFiles(recipe, paths)
     model = _build_base(recipe)
-    settings = recipe.model
     with tempfile.TemporaryDirectory(prefix="raycolbert-base-") as folder:
         directory = Path(folder) / "model"
-        save_model(model, directory)
+        save_for_registry(model, directory)
         try:
             registry.publish(
                 ref,
                 directory,
                 recipe=recipe.model_dump(mode="json"),
-                extra={"base": settings.base, "projection": settings.projection, "seed": recipe.seed},
+                fingerprint=data.fingerprint if paths else None,
+                extra={
+                    "base": settings.base,
+                    "projection": settings.projection,
+                    "seed": recipe.seed,
+                    **data.record(),
+                },
             )
         except VersionExists:
             # Another job of this recipe was first; both built the same from the same settings.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from cluster.artifacts import base_ref, index_ref
 from cluster.config import Recipe
+from cluster.data_files import check_same_files
+from cluster.index_corpus import corpus_files
 from cluster.indexing import build_index
 from cluster.models import ensure_base, pinned, resolve_model
 from cluster.ray_session import ray_session
@@ -22,7 +24,8 @@ def run(recipe: Recipe) -> Report:
     Raises:
         ConfigError: the recipe has no index.
         ArtifactNotFound: the model is not published.
-        DataError: a corpus is malformed, or one id stands for two different documents.
+        DataError: a corpus is malformed, was changed since the published index was built of it, or one id
+            stands for two different documents.
     """
     report = Report(job="index", recipe=recipe.name)
     registry = Registry.open(recipe.storage)
@@ -32,6 +35,7 @@ def run(recipe: Recipe) -> Report:
     assert config is not None  # index_ref has checked
     model = resolve_model(recipe, registry, config.model)
     if registry.exists(ref):
+        check_same_files(recipe, registry, ref, corpus_files(recipe, config.sources))
         report.skipped.append(str(ref))
         return report
     if model == base_ref(recipe):

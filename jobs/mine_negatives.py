@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from cluster.artifacts import candidates_ref
 from cluster.config import Mining, Recipe
+from cluster.data_files import DataFiles, check_same_files, source_files
 from cluster.mining import MinedTuples, candidate_rows, mine
 from cluster.models import pinned
 from cluster.parts import PART_ROWS, upload_parts
@@ -26,7 +27,8 @@ def run(recipe: Recipe) -> Report:
     """Publishes ``data/<recipe>-<tuples>-candidates`` for each tuple set with ``mine``.
 
     Raises:
-        DataError: a source is malformed, or too small for the tuples asked for.
+        DataError: a source is malformed, too small for the tuples asked for, or was changed since
+            published candidates were mined in it.
         ConfigError: a pool's scorer cannot search.
     """
     report = Report(job="mine_negatives", recipe=recipe.name)
@@ -37,6 +39,7 @@ def run(recipe: Recipe) -> Report:
             continue
         ref = candidates_ref(recipe, name)
         if registry.exists(ref):
+            check_same_files(recipe, registry, ref, source_files(recipe, tuple_set.mine.source))
             report.skipped.append(str(ref))
             continue
         _mine(recipe, name, tuple_set.mine, registry, report)
@@ -48,6 +51,8 @@ def _mine(recipe: Recipe, name: str, config: Mining, registry: Registry, report:
     ref = candidates_ref(recipe, name)
     staged = registry.staging(ref)
     with report.timed(f"{name}: source"):
+        data = DataFiles(recipe, source_files(recipe, config.source))
+        staged.begin(data.fingerprint)
         source = load_source(recipe, config.source)
     names = list(dict.fromkeys(pool.scorer for pool in config.pools))
     with report.timed(f"{name}: mining"), ExitStack() as stack:
@@ -73,9 +78,9 @@ def _mine(recipe: Recipe, name: str, config: Mining, registry: Registry, report:
     staged.commit(
         expected=list(counts),
         recipe=recipe.model_dump(mode="json"),
-        fingerprint=ref.version,
+        fingerprint=data.fingerprint,
         metrics=metrics,
-        extra={"rows": counts, "nway": mined.documents.shape[1]},
+        extra={"rows": counts, "nway": mined.documents.shape[1], **data.record()},
     )
     report.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
 

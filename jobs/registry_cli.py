@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.tree import Tree
 
-from cluster.config import StorageConfig, load_recipe
+from cluster.config import StorageConfig, load_recipe, refuse_credentials
 from cluster.manifest import KINDS, Alias, Manifest
 from cluster.manifest_diff import diff as difference
 from cluster.registry import ArtifactRef, LineageNode, Parent, Registry, parse_ref
@@ -48,6 +48,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of 
 def _opened(recipe: Path | None, root: str | None, endpoint_url: str | None) -> Iterator[Registry]:
     """The registry that the options name; typed errors end the command with their exit code."""
     try:
+        refuse_credentials({"--root": root, "--endpoint-url": endpoint_url})
         if root is not None:
             storage = StorageConfig(root=root, endpoint_url=endpoint_url)
         elif recipe is not None:
@@ -268,10 +269,22 @@ def pull(
         directory = registry.pull(resolved, paths=only or None)
         if to is not None:
             directory = _copied(directory, to)
+            if resolved.kind == "models" and (directory / "artifact.metadata").exists() and not only:
+                _tell_what_stanford_lacks(directory)
         if as_json:
             _print_json({"ref": str(resolved), "directory": str(directory)})
         else:
             print(directory)
+
+
+def _tell_what_stanford_lacks(model: Path) -> None:
+    """Stanford's layout has no words for some settings; whoever takes a model out of here may rely on it."""
+    # The model's libraries take seconds to load, which no other command needs to wait for.
+    from colbert_core.formats import load_model
+    from colbert_core.formats_stanford import stanford_differences
+
+    for reason in stanford_differences(load_model(model)):
+        errors.print(f"[yellow]Stanford's ColBERT will not score as this model does:[/] {reason}")
 
 
 @app.command("push")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from cluster.artifacts import ArtifactRef, candidates_ref, tuples_ref
-from cluster.config import Recipe, Scoring, TupleFiles
+from cluster.config import Recipe, Scoring, TupleFiles, TupleSet
+from cluster.data_files import DataFiles, check_same_files, source_files, tuple_files
 from cluster.manifest import Parent
 from cluster.models import pinned
 from cluster.parts import upload_parts
@@ -24,7 +25,7 @@ def run(recipe: Recipe) -> Report:
 
     Raises:
         ArtifactNotFound: a set's candidates are not mined yet.
-        DataError: files are malformed.
+        DataError: files are malformed, or were changed since published tuples were made of them.
         ConfigError: a scorer needs a labelled source, which files do not have.
     """
     report = Report(job="score_teacher", recipe=recipe.name)
@@ -32,6 +33,7 @@ def run(recipe: Recipe) -> Report:
     recipe = pinned(recipe, registry)
     for name, tuple_set in recipe.data.tuples.items():
         ref = tuples_ref(recipe, name)
+        _check_files(recipe, name, tuple_set, registry)
         if registry.exists(ref):
             report.skipped.append(str(ref))
             continue
@@ -46,19 +48,34 @@ def run(recipe: Recipe) -> Report:
     return report
 
 
+def _check_files(recipe: Recipe, name: str, tuple_set: TupleSet, registry: Registry) -> None:
+    """Refuses published tuples and candidates of files that hold something else now."""
+    if tuple_set.read is not None:
+        files = tuple_set.read
+        patterns = [pattern for pattern in (files.tuples, files.queries, files.documents) if pattern]
+    else:
+        assert tuple_set.mine is not None  # a tuple set has exactly one origin
+        patterns = source_files(recipe, tuple_set.mine.source)
+    for ref in (candidates_ref(recipe, name), tuples_ref(recipe, name)):
+        if registry.exists(ref):
+            check_same_files(recipe, registry, ref, patterns)
+
+
 def _convert(recipe: Recipe, name: str, files: TupleFiles, registry: Registry, report: Report) -> None:
     """Publishes tuples with the scores that their files hold."""
     ref, counts = tuples_ref(recipe, name), TeacherCounts()
     staged = registry.staging(ref)
     with report.timed(f"{name}: reading"):
+        data = DataFiles(recipe, tuple_files(recipe, files))
+        staged.begin(data.fingerprint)
         rows = upload_parts(staged, counted(read_tuples(recipe, files), counts), scored=True)
     metrics = counts.metrics()
     staged.commit(
         expected=list(rows),
         recipe=recipe.model_dump(mode="json"),
-        fingerprint=ref.version,
+        fingerprint=data.fingerprint,
         metrics=metrics,
-        extra={"rows": rows},
+        extra={"rows": rows, **data.record()},
     )
     report.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
 
@@ -73,12 +90,14 @@ def _candidates_from_files(
         return
     staged = registry.staging(ref)
     with report.timed(f"{name}: reading"):
+        data = DataFiles(recipe, tuple_files(recipe, files))
+        staged.begin(data.fingerprint)
         rows = upload_parts(staged, read_tuples(recipe, files), scored=False)
     staged.commit(
         expected=list(rows),
         recipe=recipe.model_dump(mode="json"),
-        fingerprint=ref.version,
-        extra={"rows": rows},
+        fingerprint=data.fingerprint,
+        extra={"rows": rows, **data.record()},
     )
     report.artifacts.append(str(ref))
 
@@ -94,7 +113,7 @@ def _score(recipe: Recipe, name: str, scoring: Scoring, registry: Registry, repo
         expected=list(rows),
         parents=[Parent(candidates)],
         recipe=recipe.model_dump(mode="json"),
-        fingerprint=ref.version,
+        fingerprint=registry.manifest(candidates).data_fingerprint,
         metrics=metrics,
         extra={"rows": rows},
     )

@@ -22,7 +22,7 @@ from cluster.config.data import (
     TupleFiles,
     TupleSet,
 )
-from cluster.config.loading import load_recipe, parse_recipe
+from cluster.config.loading import load_recipe, parse_recipe, refuse_credentials
 from cluster.config.recipe import Recipe
 from cluster.config.retrieval import EvaluateConfig, Gate, IndexConfig, ServeConfig, System
 from cluster.config.session import MlflowConfig, RayConfig, StorageConfig, TrackConfig, WandbConfig
@@ -74,4 +74,5 @@ __all__ = [
     "fingerprint",
     "load_recipe",
     "parse_recipe",
+    "refuse_credentials",
 ]

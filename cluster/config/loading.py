@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import ValidationError
@@ -48,11 +49,40 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
     """Validates a recipe given as plain data; see :func:`load_recipe`."""
+    refuse_credentials(tree, f"{origin}: ")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
         raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def refuse_credentials(tree: dict[str, Any], where: str = "") -> None:
+    """Refuses addresses with a user or a password: a recipe is stored in manifests for all to read.
+
+    Args:
+        tree: a recipe, or options by name.
+        where: put in front of the message.
+
+    Raises:
+        ConfigError: an address holds credentials; the message names its key and does not repeat it.
+    """
+    for key, text in _texts(tree):
+        try:
+            held = "://" in text and "@" in urlsplit(text).netloc
+        except ValueError:
+            held = "@" in text
+        if held:
+            raise ConfigError(f"{where}{key}: an address holds credentials; they come from the environment")
+
+
+def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts below a node of plain data, by dotted key."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, (dict, list)):
+        for part, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _texts(value, f"{key}.{part}" if key else str(part))
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

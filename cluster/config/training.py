@@ -45,9 +45,21 @@ class CheckpointConfig(FrozenModel):
     every_steps: int = Field(2000, ge=1)
     every_minutes: float | None = Field(None, gt=0)
     keep_last: int = Field(2, ge=1, description="resume states kept")
+    keep_every_steps: int | None = Field(
+        None, ge=1, description="also keep the states of multiples of this, itself one of every_steps"
+    )
     publish_every_steps: int | None = Field(
         None, ge=1, description="publish x-view models at these steps, for averaging; the last always is"
     )
+
+    @model_validator(mode="after")
+    def _kept_steps_are_saved(self) -> CheckpointConfig:
+        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                f"keep_every_steps ({self.keep_every_steps}) must be a multiple of "
+                f"every_steps ({self.every_steps})"
+            )
+        return self
 
 
 class TrainPhase(FrozenModel):

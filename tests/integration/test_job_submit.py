@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
 import yaml
 
@@ -26,100 +16,14 @@ from cluster.registry import Registry
 from colbert_core.config import ColBERTConfig
 from colbert_core.encoder import ColBERT
 from colbert_core.formats import save_model
+from tests.ray_head import BIN, RayHead, ray_head
 from tests.tiny_models import tiny_bert_dir
-
-START_SECONDS = 60
-STOP_SECONDS = 30
-BIN = Path(sys.executable).parent
-
-
-@dataclass
-class Cluster:
-    """A running `ray start --head`."""
-
-    address: str
-    environment: dict[str, str]
-
-    def run(self, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=120, check=False
-        )
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    names = (
-        "port",
-        "dashboard-port",
-        "ray-client-server-port",
-        "dashboard-agent-listen-port",
-        "dashboard-agent-grpc-port",
-        "runtime-env-agent-port",
-        "metrics-export-port",
-        "object-manager-port",
-        "node-manager-port",
-    )
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    # Short, since Ray's sockets live below it and their paths are bounded to about 100 characters.
-    folder = tempfile.mkdtemp(prefix="rjs", dir="/tmp")
-    # `python` of a submitted job is looked up on the PATH of `ray start`.
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "disabled",
-        "PYTHONUNBUFFERED": "1",
-        "COLUMNS": "200",
-    }
-    environment.pop("RAY_ADDRESS", None)
-    with (Path(folder) / "ray-start.log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                str(BIN / "ray"),
-                "start",
-                "--head",
-                "--block",
-                "--disable-usage-stats",
-                "--node-ip-address=127.0.0.1",
-                "--num-cpus=2",
-                "--object-store-memory=100000000",
-                f"--temp-dir={folder}",
-                *(f"--{name}={port}" for name, port in ports.items()),
-            ],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    address = f"http://127.0.0.1:{ports['dashboard-port']}"
-    try:
-        until = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                httpx.get(f"{address}/api/jobs/", timeout=5).raise_for_status()
-                break
-            except httpx.HTTPError:
-                output = (Path(folder) / "ray-start.log").read_text()
-                assert process.poll() is None and time.monotonic() < until, output
-                time.sleep(0.2)
-        yield Cluster(address, environment)
-    finally:
-        started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
-        _, alive = psutil.wait_procs(started, STOP_SECONDS)
-        for survivor in alive:
-            survivor.kill()
-        process.wait(STOP_SECONDS)
-        shutil.rmtree(folder, ignore_errors=True)
+def cluster() -> Iterator[RayHead]:
+    with ray_head() as head:
+        yield head
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +54,7 @@ def stored_reports(workspace: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]
 
 
-def test_ray_job_submit_runs_a_job(cluster: Cluster, workspace: Path) -> None:
+def test_ray_job_submit_runs_a_job(cluster: RayHead, workspace: Path) -> None:
     done = cluster.run(
         *(str(BIN / "ray"), "job", "submit", "--address", cluster.address, "--working-dir", "."),
         *("--", "python", "-m", "jobs.average", "recipe.yaml"),
@@ -166,7 +70,7 @@ def test_ray_job_submit_runs_a_job(cluster: Cluster, workspace: Path) -> None:
     assert report["metrics"]["models_averaged"] == 2
 
 
-def test_the_cli_submits_follows_the_log_and_shows_the_report(cluster: Cluster, workspace: Path) -> None:
+def test_the_cli_submits_follows_the_log_and_shows_the_report(cluster: RayHead, workspace: Path) -> None:
     done = cluster.run(
         *(str(BIN / "raycolbert"), "average", "recipe.yaml", "--set", "average.inputs.0.weight=3"),
         *("--address", cluster.address),
@@ -179,7 +83,7 @@ def test_the_cli_submits_follows_the_log_and_shows_the_report(cluster: Cluster, 
 
 
 def test_a_failing_recipe_fails_the_command_with_one_line_and_the_jobs_status(
-    cluster: Cluster, workspace: Path
+    cluster: RayHead, workspace: Path
 ) -> None:
     before = len(stored_reports(workspace))
     done = cluster.run(
@@ -194,7 +98,7 @@ def test_a_failing_recipe_fails_the_command_with_one_line_and_the_jobs_status(
 
 
 def test_a_recipe_that_is_not_valid_is_refused_before_it_is_submitted(
-    cluster: Cluster, workspace: Path
+    cluster: RayHead, workspace: Path
 ) -> None:
     done = cluster.run(
         *(str(BIN / "raycolbert"), "average", "recipe.yaml", "--set", "average.inptus=[]"),

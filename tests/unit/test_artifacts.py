@@ -89,6 +89,7 @@ def changed_by(key: str, value: Any) -> set[str]:
         ("model.pca_documents", 10, {"base", *OF_PRE}),
         ("seed", 7, {"base", *OF_PRE}),
         ("data.root", "/elsewhere", EVERYTHING),
+        ("data.edition", "2", EVERYTHING),
         ("data.sources.train.corpus", "other.jsonl", {"base", "candidates", *OF_MINED}),
         ("data.sources.test.corpus", "other.jsonl", {"index"}),
         ("data.tuples.mined.mine.seed", 7, {"candidates", *OF_MINED}),

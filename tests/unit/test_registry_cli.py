@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -121,6 +122,57 @@ def test_diff_and_lineage(run: Run) -> None:
         "exists": True,
         "metrics": {"nDCG@10": 0.25},
         "parents": [],
+    }
+
+
+def test_lineage_of_a_mean_of_five(run: Run, registry: Registry, tmp_path: Path) -> None:
+    """The tree of JaColBERTv2.5: three steps of pre-training, two models post-trained from the last."""
+    source = write(tmp_path / "weights", {"f": b"x"})
+    made_from = {
+        "v1-base": {},
+        "step-46000": {"v1-base": 1.0},
+        "step-48000": {"v1-base": 1.0},
+        "last": {"v1-base": 1.0},
+        "full": {"last": 1.0},
+        "no-mmarco": {"last": 1.0},
+        "averaged": {"step-46000": 0.2, "step-48000": 0.2, "last": 0.2, "full": 0.3, "no-mmarco": 0.1},
+    }
+    for version, parents in made_from.items():
+        listed = [Parent(ref(parent), weight) for parent, weight in parents.items()]
+        registry.publish(ref(version), source, parents=listed, metrics={"nDCG@10": 0.5})
+    registry.promote(ref("averaged"), "production")
+
+    drawn = run("lineage", "models/ja@production").stdout.splitlines()
+    assert [re.split(r" \d{4}-", line)[0] for line in drawn] == [
+        "models/ja@averaged",
+        "├── models/ja@step-46000 × 0.2",
+        "│   └── models/ja@v1-base",
+        "├── models/ja@step-48000 × 0.2",
+        "│   └── models/ja@v1-base",
+        "├── models/ja@last × 0.2",
+        "│   └── models/ja@v1-base",
+        "├── models/ja@full × 0.3",
+        "│   └── models/ja@last",
+        "│       └── models/ja@v1-base",
+        "└── models/ja@no-mmarco × 0.1",
+        "    └── models/ja@last",
+        "        └── models/ja@v1-base",
+    ]
+    assert all(line.endswith("nDCG@10 0.5") for line in drawn)
+
+    def edges(node: dict[str, Any]) -> dict[str, float]:
+        found = {}
+        for parent in node["parents"]:
+            found[f"{node['ref']} < {parent['ref']}"] = parent["weight"]
+            found |= edges(parent)
+        return found
+
+    found = plain(run("lineage", "models/ja@production", "--json"))
+    assert (found["ref"], found["exists"], found["weight"]) == ("models/ja@averaged", True, 1.0)
+    assert edges(found) == {
+        f"models/ja@{version} < models/ja@{parent}": weight
+        for version, parents in made_from.items()
+        for parent, weight in parents.items()
     }
 
 

@@ -1,0 +1,127 @@
+"""A Ray cluster of one node, started as an operator would, to submit jobs to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+BIN = Path(sys.executable).parent
+
+_START_SECONDS = 60
+_STOP_SECONDS = 30
+_PORTS = (
+    "port",
+    "dashboard-port",
+    "ray-client-server-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+    "object-manager-port",
+    "node-manager-port",
+)
+
+
+@dataclass
+class RayHead:
+    """A running `ray start --head`.
+
+    Attributes:
+        address: of its dashboard.
+        environment: for commands that use it.
+        folder: its logs and all else that it writes lie below.
+    """
+
+    address: str
+    environment: dict[str, str]
+    folder: Path
+
+    def run(self, *command: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Runs a command to its end, whatever its status."""
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+
+@contextmanager
+def ray_head(cpus: int = 2) -> Iterator[RayHead]:
+    """Starts a head node on free ports, and stops it and removes its files at the end of the block."""
+    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    # Short, since Ray's sockets live below it and their paths are bounded to about 100 characters.
+    folder = Path(tempfile.mkdtemp(prefix="rjs", dir="/tmp"))
+    # `python` of a submitted job is looked up on the PATH of `ray start`.
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "200",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    with (folder / "ray-start.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                str(BIN / "ray"),
+                "start",
+                "--head",
+                "--block",
+                "--disable-usage-stats",
+                "--node-ip-address=127.0.0.1",
+                f"--num-cpus={cpus}",
+                "--object-store-memory=100000000",
+                f"--temp-dir={folder}",
+                *(f"--{name}={port}" for name, port in ports.items()),
+            ],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
+    try:
+        until = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                httpx.get(f"{address}/api/jobs/", timeout=5).raise_for_status()
+                break
+            except httpx.HTTPError:
+                output = (folder / "ray-start.log").read_text()
+                assert process.poll() is None and time.monotonic() < until, output
+                time.sleep(0.2)
+        yield RayHead(address, environment, folder)
+    finally:
+        started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        _, alive = psutil.wait_procs(started, _STOP_SECONDS)
+        for survivor in alive:
+            survivor.kill()
+        process.wait(_STOP_SECONDS)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+    finally:
+        for item in sockets:
+            item.close()
