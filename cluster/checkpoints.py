@@ -61,12 +61,15 @@ class RunCheckpoints:
         store: the storage.
         run: name of the run.
         keep_last: how many states :meth:`trim` leaves.
+        keep_every: it also leaves those of steps that are multiples of this.
     """
 
-    def __init__(self, store: ObjectStore, run: str, keep_last: int = 1) -> None:
+    def __init__(
+        self, store: ObjectStore, run: str, keep_last: int = 1, keep_every: int | None = None
+    ) -> None:
         self.store = store
         self.prefix = f"runs/{run}/"
-        self._keep_last = keep_last
+        self._keep_last, self._keep_every = keep_last, keep_every
 
     def steps(self) -> list[int]:
         """Complete states, oldest first."""
@@ -144,11 +147,13 @@ class RunCheckpoints:
             return
 
     def trim(self) -> None:
-        """Deletes all but the last states, and what unfinished saves before them left."""
+        """Deletes what is not to be kept, and what unfinished saves before the last state left."""
         complete = self.steps()
         if not complete:
             return
         kept = set(complete[-self._keep_last :])
+        if self._keep_every is not None:
+            kept |= {step for step in complete if step % self._keep_every == 0}
         for step in self._folders():
             if step in kept or step > complete[-1]:
                 continue
@@ -187,8 +192,8 @@ class BackgroundSave:
         attempt: folder name, the same on all ranks.
 
     Attributes:
-        blocked_s: seconds that the training loop has spent in :meth:`begin`, all saves together.
-        upload_s: seconds that uploads have taken beside it.
+        step: of the last save.
+        upload_s: seconds that uploads have taken beside training.
         saves: saves begun.
     """
 
@@ -199,13 +204,11 @@ class BackgroundSave:
         self._upload: Future[None] | None = None
         self._commit: Future[None] | None = None
         self.step: int | None = None
-        self.blocked_s = 0.0
         self.upload_s = 0.0
         self.saves = 0
 
     def begin(self, step: int, write: Callable[[Path], list[Path]]) -> None:
         """Writes the state to local disk with ``write``, then uploads it in the background."""
-        begin = time.perf_counter()
         self.wait()
         directory = Path(tempfile.mkdtemp(prefix="raycolbert-state-"))
         files = write(directory)
@@ -213,7 +216,11 @@ class BackgroundSave:
         self.saves += 1
         self._upload = self._pool.submit(self._send, step, directory, files)
         self._commit = None
-        self.blocked_s += time.perf_counter() - begin
+
+    @property
+    def running(self) -> bool:
+        """Is anything on its way to storage?"""
+        return any(future is not None and not future.done() for future in (self._upload, self._commit))
 
     @property
     def uploaded(self) -> bool:

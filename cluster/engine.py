@@ -1,9 +1,9 @@
 """The DeepSpeed engine with schedule-free optimisation: train view, averaged view, exact save and load.
 
 DeepSpeed and schedule-free do not know each other. Left alone they export y instead of x under ZeRO 1
-and 2, advance counters several times a step under ZeRO 3, begin with a step too many in bf16, and clip
-gradients that nobody asked to clip. This module is where all of that is put right; its test holds every
-stage, precision and number of workers to plain PyTorch.
+and 2, advance counters several times a step under ZeRO 3, begin with a step too many and with rounded
+weights in bf16, and clip gradients that nobody asked to clip. This module is where all of that is put
+right; its test holds every stage, precision and number of workers to plain PyTorch.
 """
 
 from __future__ import annotations
@@ -131,6 +131,9 @@ class TrainingEngine:
         sizes = [p.numel() for group in groups for p in group["params"]]
         # All parameters at once up to a bound, any one whole; DeepSpeed wants an even number.
         bucket = -(-min(sum(sizes), max(BUCKET_ELEMENTS, *sizes)) // 2) * 2
+        named = dict(model.named_parameters())
+        trained = {name: named[name] for names in self._names for name in names}
+        start = {name: p.detach().clone() for name, p in trained.items()} if precision == "bf16" else {}
         self._engine = self._initialize(
             {
                 "train_micro_batch_size_per_gpu": 1,
@@ -150,14 +153,14 @@ class TrainingEngine:
                 },
             }
         )
-        named = dict(model.named_parameters())
-        self._state = FullState(
-            self._engine, self._optimizer, {name: named[name] for names in self._names for name in names}
-        )
+        self._state = FullState(self._engine, self._optimizer, trained)
         if len(self._state.flats) != len(groups) and zero_stage > 0:
             raise TrainingError(
                 f"ZeRO-{zero_stage} cut {len(groups)} parameter groups into {len(self._state.flats)}"
             )
+        # DeepSpeed's fp32 weights start from the module's, which it has rounded to bf16 by then.
+        for name, value in start.items():
+            self._state.set(name, value.to(self.device))
         reset_state(self._optimizer, optimizer, self._state.flats)
         self._state.link()
 
@@ -221,7 +224,7 @@ class TrainingEngine:
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm) or not self._engine.was_step_applied():
-            raise TrainingError(f"the gradient of step {self.step} is not finite (norm {norm})")
+            raise TrainingError(f"the gradient of step {self.step + 1} is not finite (norm {norm})")
         self.step += 1
         if self._config.name == "schedule_free_adamw":
             rate = float(self._optimizer.param_groups[0]["scheduled_lr"])

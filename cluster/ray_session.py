@@ -40,6 +40,8 @@ def ray_session(recipe: Recipe) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS") or recipe.ray.address
     # Idle threads of one process must not spin on the cores that another one computes on.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    if not address:
+        environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away
     os.environ.update(environment)
     try:
         if address:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from pyarrow.fs import FileSystem
 from ray.train.torch import TorchConfig
+from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -22,8 +24,8 @@ from cluster.models import resolve_model
 from cluster.registry import Registry
 from cluster.run_lease import HEARTBEAT_S, STALE_S, RunLease
 from cluster.streams import TupleIndex
+from cluster.training_job import PhaseJob, run_worker
 from cluster.training_log import ProgressDisplay, StepRecord, read_log
-from cluster.training_loop import PhaseJob, run_worker
 from cluster.training_trackers import require_trackers
 from colbert_core import errors
 from colbert_core.allocator import release_freed_memory
@@ -60,6 +62,7 @@ def train_phase(
     *,
     heartbeat_s: float = HEARTBEAT_S,
     stale_s: float = STALE_S,
+    callbacks: Sequence[UserCallback] = (),
 ) -> PhaseResult:
     """Trains a phase to its end and publishes its model; continues where an earlier run was stopped.
 
@@ -70,6 +73,7 @@ def train_phase(
         phase: name of the phase.
         registry: of the recipe's storage.
         heartbeat_s, stale_s: of the lease that keeps a second run of this name out.
+        callbacks: Ray Train's; they get what :func:`cluster.training_job.run_worker` reports.
 
     Raises:
         TrainingError: the run is in use elsewhere, its loss is no number, or its workers failed more
@@ -102,7 +106,7 @@ def train_phase(
         ProgressDisplay(registry.store, checkpoints.prefix, f"train {phase}"),
     ):
         _check_resume(job, checkpoints)
-        outcome = _fit(job, registry)
+        outcome = _fit(job, registry, callbacks)
         if lease.lost:
             raise TrainingError(f"{run}: another process took this run over while this one did not answer")
     if failure := outcome.get("failure"):
@@ -127,7 +131,7 @@ def _check_resume(job: PhaseJob, checkpoints: RunCheckpoints) -> None:
         )
 
 
-def _fit(job: PhaseJob, registry: Registry) -> dict[str, Any]:
+def _fit(job: PhaseJob, registry: Registry, callbacks: Sequence[UserCallback]) -> dict[str, Any]:
     """Runs Ray Train; the return value of rank 0's training function."""
     phase = job.phase
     filesystem, base = registry.store.arrow()
@@ -149,6 +153,7 @@ def _fit(job: PhaseJob, registry: Registry) -> dict[str, Any]:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=phase.max_failures),
             worker_runtime_env={"env_vars": worker_environment(phase)},
+            callbacks=list(callbacks),
         ),
     )
     release_freed_memory()  # this process only waits now, and the workers may run beside it

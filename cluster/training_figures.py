@@ -1,10 +1,13 @@
-"""What the workers tell each other about a step: one row of numbers each, and the record it makes."""
+"""What the workers tell each other: decisions, and one row of numbers a step, of which the record is made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from cluster.engine import StepOutcome
@@ -13,6 +16,53 @@ from cluster.training_step import UnitOutcome
 from cluster.training_units import TokenisedUnit
 
 LOSS_TERMS = ("kl", "margin_mse", "contrastive")
+
+
+class WorkerGroup:
+    """The workers of a run, as far as they talk on their CPUs; all methods are collective.
+
+    Attributes:
+        rank: of this worker.
+        count: of all.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+
+    def agree_on(self, value: Any) -> Any:
+        """Rank 0's value, on every worker."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def every(self, value: Any) -> list[Any]:
+        """The values of all workers, by rank."""
+        values = [None] * self.count
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def first_of(self, value: Any) -> Any:
+        """The lowest rank's value that is not None, on every worker."""
+        return next((found for found in self.every(value) if found is not None), None)
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """The largest value of each place."""
+        vector = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._group)
+        found: list[float] = vector.tolist()
+        return found
+
+    def gather(self, row: Sequence[float]) -> NDArray[np.float64]:
+        """``[workers, columns]``, the rows of all workers."""
+        mine = torch.tensor(row, dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(everyone, mine, group=self._group)
+        return torch.stack(everyone).numpy()
+
+    def barrier(self) -> None:
+        """Waits until all workers have come here."""
+        dist.barrier(group=self._group)
 
 
 class StepFigures:
@@ -25,6 +75,8 @@ class StepFigures:
     COLUMNS = (
         "bad",
         "wait",
+        "save",
+        "uploading",
         "loss",
         *LOSS_TERMS,
         "tokens",
@@ -49,6 +101,8 @@ class StepFigures:
         outcomes: Sequence[UnitOutcome],
         *,
         wait_s: float,
+        save_s: float,
+        uploading: bool,
         uploaded: bool,
         save_due: bool,
         report_due: bool,
@@ -59,6 +113,8 @@ class StepFigures:
             units: its units of the step.
             outcomes: what their forward passes found.
             wait_s: how long it waited for them.
+            save_s: how long it waited for resume states and models since the step before.
+            uploading: is anything on its way to storage.
             uploaded: is its part of the save in flight in storage.
             save_due, report_due: is it time; only rank 0 says so.
         """
@@ -67,6 +123,8 @@ class StepFigures:
         values: dict[str, float] = {
             "bad": any(outcome.non_finite for outcome in outcomes),
             "wait": wait_s,
+            "save": save_s,
+            "uploading": uploading,
             "loss": sum(unit.slot.weight * outcome.loss for unit, outcome in both),
             "tokens": sum(outcome.tokens for outcome in outcomes),
             "padding": sum(outcome.padding for outcome in outcomes),
@@ -124,4 +182,6 @@ class StepFigures:
             truncated_queries=int(total("truncated_queries")),
             dropped_tokens=int(total("dropped")),
             workers=workers,
+            save_s=float(self._columns["save"].max()),
+            uploading=bool(self._columns["uploading"].any()),
         )

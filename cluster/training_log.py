@@ -48,6 +48,9 @@ class StepRecord(FrozenModel):
         gradient_norm: L2 norm of the global gradient before clipping.
         seconds: the step's time, waiting for data included.
         data_wait_s: longest wait for data of any worker.
+        save_s: longest that any worker waited for resume states and models since the step before: to write
+            them to local disk, and for the upload before to end.
+        uploading: was anything on its way to storage while this step was made.
         tokens: tokens encoded, without padding.
         tokens_per_s: those over the step's time.
         padding_fraction: padding as a share of all tokens run.
@@ -76,11 +79,15 @@ class StepRecord(FrozenModel):
     truncated_queries: int
     dropped_tokens: int
     workers: int
+    # Logs of earlier versions lack these two.
+    save_s: float = 0.0
+    uploading: bool = False
 
     def scalars(self) -> dict[str, float]:
         """The figures by name, terms of the loss as ``loss/<term>``."""
         plain = self.model_dump(exclude={"step", "parts"})
-        return {**plain, **{f"loss/{name}": value for name, value in self.parts.items()}}
+        terms = {f"loss/{name}": value for name, value in self.parts.items()}
+        return {name: float(value) for name, value in {**plain, **terms}.items()}
 
 
 class RunLog:

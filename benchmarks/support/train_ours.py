@@ -19,7 +19,7 @@ from benchmarks.support.results import versions
 from cluster.config import OptimizerConfig, Recipe, TrainPhase, parse_recipe
 from cluster.engine import TrainingEngine
 from cluster.streams import TrainingTuple, TupleIndex, UnitSchedule, UnitSlot
-from cluster.training_loop import prepare_model
+from cluster.training_model import prepare_model
 from cluster.training_step import UnitObjective
 from cluster.training_units import TokenisedUnit, UnitSource, tokenise_unit
 from colbert_core.formats import load_model

@@ -1,7 +1,8 @@
-"""Training phases on a real local Ray: evidence, resume states, the published model, a killed worker."""
+"""Training phases on a real local Ray: evidence, resume states, the published model, killed workers."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from colbert_core.encoder import ColBERT
 from colbert_core.errors import DataError, TrainingError
 from colbert_core.formats import load_model
 from jobs import train
+from tests.fault_proxy import Fault, FaultProxy
 from tests.local_ray import local_ray
+from tests.reported_steps import ReportedSteps
+from tests.s3_server import S3Server
 from tests.tiny_training import (
     NWAY,
     TUPLES,
@@ -38,7 +42,7 @@ STEPS = 200
 PHASE: dict[str, Any] = {
     "steps": STEPS,
     "num_workers": 2,
-    "checkpoint": {"every_steps": 40, "keep_last": 2, "publish_every_steps": 120},
+    "checkpoint": {"every_steps": 40, "keep_last": 1, "keep_every_steps": 80, "publish_every_steps": 120},
 }
 
 
@@ -53,6 +57,7 @@ class Finished:
     recipe: Recipe
     registry: Registry
     result: PhaseResult
+    reported: Path
 
     @property
     def checkpoints(self) -> RunCheckpoints:
@@ -62,9 +67,12 @@ class Finished:
 @pytest.fixture(scope="module")
 def undisturbed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Two workers, dropout, two parameter groups, ZeRO-1, 200 steps without any incident."""
-    recipe = training_recipe(tmp_path_factory.mktemp("undisturbed"), **PHASE)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = training_recipe(folder, **PHASE)
     registry = publish_inputs(recipe)
-    return Finished(recipe, registry, train_phase(recipe, "p", registry))
+    reported = folder / "reported.jsonl"
+    result = train_phase(recipe, "p", registry, callbacks=[ReportedSteps(reported)])
+    return Finished(recipe, registry, result, reported)
 
 
 def test_every_step_leaves_its_figures(undisturbed: Finished) -> None:
@@ -83,19 +91,31 @@ def test_every_step_leaves_its_figures(undisturbed: Finished) -> None:
         assert 0 <= record.padding_fraction < 1
         assert record.tokens_per_s == pytest.approx(record.tokens / record.seconds)
         assert 0 <= record.data_wait_s <= record.seconds
+        # The wait for a save falls into the step after it.
+        assert (record.save_s > 0) == (record.step % 40 == 1 and record.step > 1)
+        assert record.save_s <= record.seconds
     assert sum(record.truncated_documents for record in records) > 0
     assert sum(record.dropped_tokens for record in records) > 0
     assert [record.lr for record in records[:6]] == pytest.approx(
         [3e-4 * min(1, step / 5) for step in range(1, 7)]
     )
     assert records[-1].epoch == pytest.approx(STEPS * 2 / 13)
+    assert any(record.uploading for record in records)
+    assert not all(record.uploading for record in records)
+
+
+def test_ray_train_is_told_every_step(undisturbed: Finished) -> None:
+    told = ReportedSteps.read(undisturbed.reported)
+    assert told == [{"step": record.step, **record.scalars()} for record in undisturbed.result.records]
 
 
 def test_curves_and_resume_states_are_stored(undisturbed: Finished) -> None:
     checkpoints = undisturbed.checkpoints
-    assert checkpoints.steps() == [STEPS - 40, STEPS]
+    # The last one, and every 80th.
+    assert checkpoints.steps() == [80, 160, STEPS]
     kept = {item.key.split("/")[2] for item in undisturbed.registry.store.list(checkpoints.prefix)}
-    assert kept == {"step-00000160", "step-00000200", "log", "tensorboard", "progress.json"}
+    states = {"step-00000080", "step-00000160", "step-00000200"}
+    assert kept == {*states, "log", "tensorboard", "progress.json"}
     curves = list(undisturbed.registry.store.list(f"{checkpoints.prefix}tensorboard/"))
     assert len(curves) == 1
     assert curves[0].size > 10_000
@@ -141,28 +161,69 @@ def test_a_published_phase_is_not_trained_again(undisturbed: Finished) -> None:
     assert report.artifacts == []
 
 
-def kill_a_worker() -> None:
-    train_workers()[0].kill()
+@dataclass
+class Killing:
+    """Kills a worker and notes what is in storage at that time."""
+
+    checkpoints: RunCheckpoints
+    reached: int = 0
+
+    def __call__(self) -> None:
+        train_workers()[0].kill()
+        self.reached = (self.checkpoints.steps() or [0])[-1]
+        self.log = self.stored_log(self.reached)
+
+    def stored_log(self, until: int) -> dict[str, bytes]:
+        """The stored records of the steps up to ``until``, by key."""
+        store, prefix = self.checkpoints.store, f"{self.checkpoints.prefix}log/"
+        keys = [item.key for item in store.list(prefix)]
+        return {key: store.get(key) for key in keys if int(key.removesuffix(".jsonl")[-8:]) <= until}
 
 
-def test_a_killed_worker_changes_nothing(undisturbed: Finished, tmp_path: Path) -> None:
-    recipe = training_recipe(tmp_path, base=undisturbed.recipe.model.base, **PHASE)
-    registry = publish_inputs(recipe)
-    checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
-    with When(lambda: checkpoints.steps() != [], kill_a_worker) as killer:
+def test_workers_killed_at_random_steps_and_in_a_save_change_nothing(
+    undisturbed: Finished, s3_server: S3Server, tmp_path: Path
+) -> None:
+    during, later = random.SystemRandom().choice([(s, k) for s in (60, 80, 100, 120) for k in (20, 40)])
+    print(f"killed in the save of step {during}, and once more {later} steps after the state resumed from")
+    # Saved and published at other steps than the undisturbed run.
+    settings = {"every_steps": 20, "keep_last": 2, "publish_every_steps": 60}
+    phase = {**PHASE, "checkpoint": settings, "max_failures": 1}
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        storage = s3_server.storage(cache_dir=str(tmp_path / "cache"))
+        storage = storage.model_copy(update={"endpoint_url": proxy.url})
+        recipe = training_recipe(tmp_path, base=undisturbed.recipe.model.base, storage=storage, **phase)
+        registry = publish_inputs(recipe)
+        checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
+        # One worker's part of a save hangs on its way until a worker is dead.
+        hanging = Fault("stall", ("PUT", "POST"), f"/step-{during:08d}/", seconds=2.0)
+        first, second = Killing(checkpoints), Killing(checkpoints)
+        with (
+            proxy.fault(hanging),
+            When(lambda: hanging.hits > 0, first) as killed,
+            When(lambda: 0 < first.reached <= checkpoints.steps()[-1] - later, second) as killed_again,
+            # The second death is one too many.
+            pytest.raises(TrainingError, match="training phase 'p' failed"),
+        ):
+            train_phase(recipe, "p", registry)
+        assert killed.done
+        assert killed_again.done
+        assert during - 40 <= first.reached < during
+        assert first.reached + later <= second.reached < STEPS
+        assert not registry.exists(undisturbed.result.ref)
         result = train_phase(recipe, "p", registry)
-    assert killer.done
-    attempts = {item.key.split("/")[3] for item in registry.store.list(f"{checkpoints.prefix}tensorboard/")}
-    assert len(attempts) == 2
-    assert [record.step for record in result.records] == list(range(1, STEPS + 1))
-    expected = undisturbed.result.records
-    assert [record.loss for record in result.records] == [record.loss for record in expected]
-    for step in (120, STEPS):
-        found, wanted = (
-            published_weights(reg, phase_ref(rec, "p", step))
-            for reg, rec in ((registry, recipe), (undisturbed.registry, undisturbed.recipe))
-        )
-        assert furthest(found, wanted) == 0.0
+        # Nothing that a state held was computed again.
+        for killing in (first, second):
+            assert killing.log == killing.stored_log(killing.reached)
+            assert sum(len(lines.splitlines()) for lines in killing.log.values()) == killing.reached
+        assert [record.step for record in result.records] == list(range(1, STEPS + 1))
+        expected = undisturbed.result.records
+        assert [record.loss for record in result.records] == [record.loss for record in expected]
+        for step in (120, STEPS):
+            found, wanted = (
+                published_weights(reg, phase_ref(rec, "p", step))
+                for reg, rec in ((registry, recipe), (undisturbed.registry, undisturbed.recipe))
+            )
+            assert furthest(found, wanted) == 0.0
 
 
 def test_tuples_of_a_step_do_not_depend_on_the_number_of_workers(undisturbed: Finished) -> None:
@@ -225,3 +286,21 @@ def test_a_loss_that_is_no_number_names_its_tuples_and_keeps_the_last_state(
     assert saved is not None
     checkpoints.download(saved, tmp_path)
     assert isinstance(load_model(registry.pull(base_ref(recipe))), ColBERT)
+
+
+def test_a_gradient_that_is_no_number_names_the_tuples_of_all_workers(
+    undisturbed: Finished, tmp_path: Path
+) -> None:
+    # The loss is a number still.
+    recipe = training_recipe(
+        tmp_path, base=undisturbed.recipe.model.base, num_workers=2, loss={"margin_mse": 1e38}
+    )
+    registry = publish_inputs(recipe)
+    first, second = (
+        ", ".join(f"q{number}" for number in range(slot.first, slot.first + slot.count))
+        for slot in UnitSchedule(TUPLES, 4, 8, 12345).step(0)
+    )
+    message = rf"the gradient of step 1 is not finite \(norm \w+\); its tuples are {first}, {second}$"
+    with pytest.raises(TrainingError, match=message):
+        train_phase(recipe, "p", registry)
+    assert not registry.exists(phase_ref(recipe, "p"))

@@ -1,19 +1,31 @@
-"""An elastic run on several nodes with its storage in S3: one node dies, the run ends with the other."""
+"""Runs on several nodes whose raylets are killed: one goes on elsewhere, an elastic one with what is left."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
 from cluster.checkpoints import RunCheckpoints
-from cluster.trainer import run_name, train_phase
+from cluster.config import Recipe
+from cluster.registry import Registry
+from cluster.trainer import PhaseResult, run_name, train_phase
 from tests.s3_server import S3Server
-from tests.tiny_training import When, furthest, publish_inputs, published_weights, training_recipe
+from tests.tiny_training import (
+    When,
+    furthest,
+    publish_inputs,
+    published_weights,
+    train_workers,
+    training_recipe,
+)
 
 STEPS = 160
 EVERY = 20
@@ -22,60 +34,101 @@ PHASE: dict[str, Any] = {
     "queries_per_step": 16,
     # Maxima jump where rounding differs; with small steps the jumps stay small.
     "optimizer": {"lr": 1e-5, "warmup_steps": 5, "weight_decay": 0.01},
-    "checkpoint": {"every_steps": EVERY, "keep_last": 1},
+    "checkpoint": {"every_steps": EVERY, "keep_last": 9},
 }
-# A dead node is noticed within seconds instead of half a minute.
+# A dead raylet refuses connections, which is noticed within seconds instead of half a minute.
 FAST_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 2,
 }
 
 
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
     """A head without CPUs and two nodes with room for one worker each."""
-    # How long Ray Train waits for a worker on the dead node before it counts again what there is.
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "object_store_memory": 100 * 2**20,
-            "_system_config": FAST_HEALTH_CHECKS,
-            "include_dashboard": False,
-        },
-    )
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        # How long Ray Train waits for a worker on the dead node before it counts again what there is.
+        environment.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "8")
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 0,
+                "object_store_memory": 100 * 2**20,
+                "_system_config": FAST_HEALTH_CHECKS,
+                "include_dashboard": False,
+            },
+        )
+        for _ in range(2):
+            add_node(cluster)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
-def test_an_elastic_run_outlives_a_node(nodes: Cluster, s3_server: S3Server, tmp_path: Path) -> None:
-    storage = s3_server.storage(cache_dir=str(tmp_path / "cache"))
-    recipe = training_recipe(tmp_path, storage=storage, num_workers=[1, 2], **PHASE)
+def add_node(cluster: Cluster) -> None:
+    cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+
+
+@dataclass
+class Finished:
+    recipe: Recipe
+    registry: Registry
+    result: PhaseResult
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    recipe = training_recipe(tmp_path_factory.mktemp("undisturbed"), **PHASE)
+    registry = publish_inputs(recipe)
+    return Finished(recipe, registry, train_phase(recipe, "p", registry))
+
+
+def kill_raylet_of_a_worker() -> None:
+    """kill -9 of the raylet on whose node a training worker runs."""
+    raylet = psutil.Process(train_workers()[0].ppid())
+    assert raylet.name() == "raylet"
+    raylet.kill()
+
+
+def test_a_killed_raylet_changes_nothing(undisturbed: Finished, nodes: Cluster, tmp_path: Path) -> None:
+    recipe = training_recipe(tmp_path, base=undisturbed.recipe.model.base, **PHASE)
     registry = publish_inputs(recipe)
     checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
-    node = sorted(nodes.worker_nodes, key=lambda each: each.node_id)[0]
-    with When(lambda: bool(checkpoints.steps()), node.kill_raylet) as killer:
+    step = random.SystemRandom().randrange(EVERY, STEPS // 2, EVERY)
+    print(f"killed after the state of step {step}")
+    with When(lambda: step in checkpoints.steps(), kill_raylet_of_a_worker) as killer:
+        result = train_phase(recipe, "p", registry)
+    assert killer.done
+    attempts = {item.key.split("/")[3] for item in registry.store.list(f"{checkpoints.prefix}tensorboard/")}
+    assert len(attempts) == 2
+    expected = undisturbed.result.records
+    assert [record.step for record in result.records] == list(range(1, STEPS + 1))
+    assert [record.loss for record in result.records] == [record.loss for record in expected]
+    found = published_weights(registry, result.ref)
+    assert furthest(found, published_weights(undisturbed.registry, undisturbed.result.ref)) == 0.0
+    add_node(nodes)
+
+
+def test_an_elastic_run_outlives_a_raylet(undisturbed: Finished, s3_server: S3Server, tmp_path: Path) -> None:
+    storage = s3_server.storage(cache_dir=str(tmp_path / "cache"))
+    base = undisturbed.recipe.model.base
+    recipe = training_recipe(tmp_path, base=base, storage=storage, num_workers=[1, 2], **PHASE)
+    registry = publish_inputs(recipe)
+    checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
+    with When(lambda: bool(checkpoints.steps()), kill_raylet_of_a_worker) as killer:
         result = train_phase(recipe, "p", registry)
     assert killer.done
     workers = [record.workers for record in result.records]
     assert [record.step for record in result.records] == list(range(1, STEPS + 1))
-    # Two workers at first; after the node's death one, which begins again at a resume state.
+    # Two workers at first; after the raylet's death one, which begins again at a resume state.
     assert workers == sorted(workers, reverse=True)
     assert set(workers) == {1, 2}
     assert workers.count(2) % EVERY == 0
-
-    alone = training_recipe(tmp_path / "alone", base=recipe.model.base, **PHASE)
-    undisturbed = train_phase(alone, "p", alone_registry := publish_inputs(alone))
-    assert {record.workers for record in undisturbed.records} == {1}
+    assert {record.workers for record in undisturbed.result.records} == {1}
     found = published_weights(registry, result.ref)
-    wanted = published_weights(alone_registry, undisturbed.ref)
+    wanted = published_weights(undisturbed.registry, undisturbed.result.ref)
     # A key bias has no gradient but rounding, which the optimiser scales up; it changes no output.
     names = [key for key in found if "key.bias" not in key]
     assert furthest({k: found[k] for k in names}, {k: wanted[k] for k in names}) <= 1e-5

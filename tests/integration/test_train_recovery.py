@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -74,9 +75,12 @@ def fresh(undisturbed: Finished, root: Path, **more: Any) -> tuple[Recipe, Regis
 def test_a_killed_driver_is_continued_by_name_and_no_second_run_is_let_in(
     undisturbed: Finished, address: str, tmp_path: Path
 ) -> None:
-    recipe, registry = fresh(undisturbed, tmp_path)
+    # Saved every fifth of a second, at whatever step that is, and killed after some of these saves.
+    phase = {**PHASE, "checkpoint": {"every_steps": 10 * STEPS, "every_minutes": 0.2 / 60, "keep_last": 9}}
+    some = random.SystemRandom().randint(1, 3)
+    recipe, registry = fresh(undisturbed, tmp_path, **phase)
     checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
-    arguments = [str(tmp_path), recipe.model.base, address, json.dumps(PHASE)]
+    arguments = [str(tmp_path), recipe.model.base, address, json.dumps(phase)]
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments])
     try:
         lease = f"{checkpoints.prefix}lease.json"
@@ -85,13 +89,14 @@ def test_a_killed_driver_is_continued_by_name_and_no_second_run_is_let_in(
             time.sleep(0.1)
         with pytest.raises(TrainingError, match=rf"in use by process {driver.pid} on "):
             train_phase(recipe, "p", registry, stale_s=5.0)
-        while not checkpoints.steps():
+        while len(checkpoints.steps()) < some:
             assert driver.poll() is None
             time.sleep(0.05)
     finally:
         driver.kill()
         driver.wait()
     reached = checkpoints.steps()[-1]
+    print(f"killed after {some} saves, the last at step {reached}")
     assert not registry.exists(undisturbed.result.ref)
     result = train_phase(recipe, "p", registry, heartbeat_s=0.5, stale_s=3.0)
     assert reached < STEPS

@@ -114,6 +114,14 @@ def test_trimming_keeps_the_last_and_what_is_being_written(store: ObjectStore, t
     assert store.exists("runs/r2/step-00000040/manifest.json")
 
 
+def test_trimming_also_keeps_every_so_many_steps(store: ObjectStore, tmp_path: Path) -> None:
+    checkpoints = RunCheckpoints(store, "r", keep_last=1, keep_every=120)
+    for step in range(40, 320, 40):
+        save(checkpoints, step, tmp_path)
+        checkpoints.trim()
+    assert checkpoints.steps() == [120, 240, 280]
+
+
 class Slow(RunCheckpoints):
     """Uploads wait until they are let go, or fail."""
 
@@ -131,18 +139,19 @@ def test_training_does_not_wait_for_an_upload(store: ObjectStore) -> None:
     slow = Slow(store, "r")
     slow.go.clear()
     background = BackgroundSave(slow, 0, "a")
+    assert not background.running
     background.begin(40, lambda folder: part(folder, 0, "state"))
-    assert not background.uploaded
+    assert (background.running, background.uploaded) == (True, False)
     slow.go.set()
     background.wait()
-    assert background.uploaded
+    assert (background.running, background.uploaded) == (False, True)
     assert slow.steps() == []
     background.commit(lambda: slow.commit(40, "a", 1, "fp", {}))
     background.wait()
     assert slow.steps() == [40]
     assert not background.uploaded
     assert background.saves == 1
-    assert background.blocked_s < background.upload_s + 1
+    assert background.upload_s > 0
     background.close()
 
 

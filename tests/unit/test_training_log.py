@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,23 @@ def test_progress_is_shown_line_by_line_without_a_terminal(
     # What an earlier run left is not taken for this one's.
     assert "77" not in output.getvalue()
     assert json.loads(store.get("runs/r/progress.json"))["step"] == 2
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_log, "PROGRESS_S", 0.02)
+    monkeypatch.setattr(training_log, "POLL_S", 0.02)
+    output = io.StringIO()
+    with ProgressDisplay(store, "runs/r/", "train p", Console(file=output, width=160, force_terminal=True)):
+        log = RunLog(store, "runs/r/", start=0, steps=400, attempt="one")
+        deadline = time.monotonic() + 10
+        for step in range(1, 400):
+            log.add(record(step))
+            time.sleep(0.05)
+            shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue())
+            # The time left, once some steps have shown how fast it goes.
+            if re.search(r"train p \S+ \d+/400 \d:\d\d:\d\d loss 0\.\d+", shown):
+                break
+            assert time.monotonic() < deadline, shown[-500:]
+        log.close()

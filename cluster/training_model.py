@@ -1,0 +1,33 @@
+"""The model made ready for a training phase."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from cluster.config import TrainPhase
+from colbert_core.encoder import ColBERT
+from colbert_core.errors import ConfigError
+
+
+def prepare_model(model: ColBERT, phase: TrainPhase) -> ColBERT:
+    """Applies ``freeze`` and ``dropout`` of a phase and the device's attention, in place; training mode.
+
+    Raises:
+        ConfigError: a ``freeze`` pattern matches no parameter.
+    """
+    for pattern in phase.freeze:
+        matched = [parameter for name, parameter in model.named_parameters() if pattern in name]
+        if not matched:
+            some = ", ".join(name for name, _ in list(model.named_parameters())[:4])
+            raise ConfigError(f"freeze: no parameter's name contains {pattern!r}; there are {some}, …")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    if phase.dropout is not None:
+        for module in model.modules():
+            name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, phase.dropout)
+    if not phase.gpus_per_worker:
+        # On a CPU the backward pass of fused attention takes twice as long as the plain one.
+        model.backbone.set_attn_implementation("eager")
+    return model.train()
