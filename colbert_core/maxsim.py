@@ -12,9 +12,15 @@ backward on one core, against 52 ms through a padded maximum and 74 ms through `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +30,8 @@ from colbert_core.vectors import RaggedVectors
 # Most numbers of one intermediate block: what stays in a CPU's cache, and what fills a GPU.
 _BLOCK_CPU = 1 << 20
 _BLOCK_GPU = 1 << 25
+_CACHED_ROWS = 1024  # document vectors that stay in a core's cache beside the query's
+_CONVERTED_ROWS = 1 << 16  # document vectors converted to fp32 at a time
 
 
 def maxsim_padded(
@@ -113,8 +121,8 @@ def maxsim_ragged(query: Tensor, documents: RaggedVectors) -> Tensor:
 def maxsim_matrix(queries: RaggedVectors, documents: RaggedVectors) -> Tensor:
     """Scores of all queries against all documents, without gradients.
 
-    Documents are taken in blocks, so that beside the result only a block of similarities is held (at
-    least one document against all query vectors).
+    Documents are taken in blocks, so that beside the result only a block of maxima is held on a CPU, of
+    similarities on a GPU (at least one document against all query vectors).
 
     Returns:
         fp32 ``[queries, documents]``.
@@ -122,21 +130,82 @@ def maxsim_matrix(queries: RaggedVectors, documents: RaggedVectors) -> Tensor:
     _same_dim(queries.dim, documents.dim)
     device = documents.vectors.device
     scores = torch.empty(len(queries), len(documents), device=device)
-    right = queries.vectors.float().to(device).T
-    per_query = queries.lengths.tolist()
+    scored = _cpu_blocks if device.type == "cpu" else _torch_blocks
     with _full_precision(device):
-        for begin, end in _blocks(documents, max(1, _block(device) // max(1, right.shape[1]))):
-            first, last = int(documents.offsets[begin]), int(documents.offsets[end])
-            similarity = documents.vectors[first:last].float() @ right
-            owner = torch.repeat_interleave(
-                torch.arange(end - begin, device=device), documents.lengths[begin:end].to(device)
-            )
-            best = similarity.new_full((end - begin, right.shape[1]), -torch.inf)
-            best.scatter_reduce_(0, owner[:, None].expand_as(similarity), similarity, "amax")
-            parts = [part.sum(dim=1) for part in best.split(per_query, dim=1)]
-            if parts:
-                scores[:, begin:end] = torch.stack(parts)
+        for begin, end, block in scored(queries, documents):
+            scores[:, begin:end] = block
     return scores.masked_fill_((documents.lengths == 0).to(device), -torch.inf)
+
+
+def _torch_blocks(queries: RaggedVectors, documents: RaggedVectors) -> Iterator[tuple[int, int, Tensor]]:
+    """Runs of documents, and their scores fp32 ``[queries, n]``."""
+    device = documents.vectors.device
+    right = queries.vectors.float().to(device).T
+    columns, per_query = right.shape[1], queries.lengths.tolist()
+    if not per_query:
+        return
+    for begin, end in _blocks(documents, max(1, _block(device) // max(1, columns)), len(documents)):
+        first, last = int(documents.offsets[begin]), int(documents.offsets[end])
+        similarity = documents.vectors[first:last].float() @ right
+        owner = torch.repeat_interleave(
+            torch.arange(end - begin, device=device), documents.lengths[begin:end].to(device)
+        )
+        best = similarity.new_full((end - begin, columns), -torch.inf)
+        best.scatter_reduce_(0, owner[:, None].expand_as(similarity), similarity, "amax")
+        yield begin, end, torch.stack([part.sum(dim=1) for part in best.split(per_query, dim=1)])
+
+
+def _cpu_blocks(queries: RaggedVectors, documents: RaggedVectors) -> Iterator[tuple[int, int, Tensor]]:
+    """As :func:`_torch_blocks`, by a compiled kernel on as many threads as torch has."""
+    # What trains or only encodes does without numba.
+    from colbert_core.maxsim_kernels import COLUMNS, document_maxima
+
+    columns, threads = len(queries.vectors), torch.get_num_threads()
+    width = -(-columns // COLUMNS) * COLUMNS
+    # torch's memory begins at a cache line, numpy's need not, and vectors across two lines are slow to load.
+    padded = torch.zeros(queries.dim, width)
+    padded[:, :columns] = queries.vectors.T
+    vectors = documents.vectors
+    as_is = vectors.dtype == torch.float32 and vectors.is_contiguous()
+    most = len(vectors) if as_is else _CONVERTED_ROWS
+    bounds = queries.offsets.tolist()
+    for begin, end in _blocks(documents, max(1, most), max(1, _BLOCK_CPU // max(1, width))):
+        first, last = int(documents.offsets[begin]), int(documents.offsets[end])
+        rows = vectors[first:last].float().contiguous().numpy()
+        offsets = documents.offsets[begin : end + 1].numpy() - first
+        best = torch.full((end - begin, width), -torch.inf).numpy()
+        # Rows of several column tiles come again and have to be in the cache then.
+        size = _CACHED_ROWS if width > COLUMNS else max(_CACHED_ROWS, len(rows) // (4 * threads))
+        places = np.searchsorted(offsets, np.arange(size, len(rows), size))
+        cuts = sorted({0, *places.tolist(), end - begin})
+        parts = [(rows, offsets, i, j, padded.numpy(), best) for i, j in pairwise(cuts)]
+        _on_threads(document_maxima, parts, threads)
+        # torch would wake its own threads for it, which then keep the cores of ours busy with waiting.
+        block = np.empty((len(queries), end - begin), dtype=np.float32)
+        for row, (left, right) in zip(block, pairwise(bounds), strict=True):
+            best[:, left:right].sum(axis=1, out=row)
+        yield begin, end, torch.from_numpy(block)
+
+
+def _on_threads(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], threads: int) -> None:
+    """Makes the calls on so many threads, this one among them."""
+    waiting = iter(calls)
+
+    def work() -> None:
+        for arguments in waiting:  # each is given out once, whoever asks
+            function(*arguments)
+
+    helpers = min(threads, len(calls)) - 1
+    others = [_helpers(threads, os.getpid()).submit(work) for _ in range(helpers)]
+    work()
+    for other in others:
+        other.result()
+
+
+@lru_cache(maxsize=4)
+def _helpers(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads beside the calling one; a forked process gets its own."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix=f"maxsim-{process}")
 
 
 def _pair_scores(
@@ -178,13 +247,13 @@ def _best_rows(
     return best
 
 
-def _blocks(documents: RaggedVectors, most: int) -> Iterator[tuple[int, int]]:
-    """Runs of documents of at most ``most`` vectors; a longer document is a run of its own."""
+def _blocks(documents: RaggedVectors, most: int, count: int) -> Iterator[tuple[int, int]]:
+    """Runs of at most ``count`` documents and ``most`` vectors; a longer document is a run of its own."""
     offsets = documents.offsets
     begin = 0
     while begin < len(documents):
         end = int(torch.searchsorted(offsets, int(offsets[begin]) + most, right=True)) - 1
-        end = min(max(end, begin + 1), len(documents))
+        end = min(max(end, begin + 1), begin + count, len(documents))
         yield begin, end
         begin = end
 

@@ -114,6 +114,49 @@ def test_small_blocks_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(chosen.view(3, 6), matrix)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 3), (32, 16), (33, 128), (150, 7)])
+def test_tiles_of_the_cpu_kernel_leave_nothing_out(threads: int, tokens: int, dim: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    # Shorter than a tile, whole tiles, and every remainder; enough vectors for several threads.
+    lengths = [*range(30), 1100, 0, 2500, 12]
+    d = ragged(lengths, dim, generator, -1.0)
+    q = ragged([tokens // 2, tokens - tokens // 2], dim, generator, 1.0)
+    expected = torch.stack(
+        [torch.stack([(a @ b.T).amax(1).sum() if len(b) else torch.tensor(-torch.inf) for b in d]) for a in q]
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.testing.assert_close(maxsim_matrix(q, d), expected)
+        half = RaggedVectors(d.vectors.half(), d.lengths)
+        torch.testing.assert_close(maxsim_matrix(q, half), expected, rtol=1e-2, atol=1e-1)
+        strided = RaggedVectors(d.vectors.T.contiguous().T, d.lengths)
+        torch.testing.assert_close(maxsim_matrix(q, strided), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("most", [40, 1 << 20])
+def test_what_serves_gpus_gives_the_same(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(maxsim, "_BLOCK_CPU", most)
+    generator = torch.Generator().manual_seed(11)
+    q, d = ragged([4, 0, 7], 8, generator, 1.0), ragged([9, 1, 3, 0, 12, 5, 40], 8, generator, -1.0)
+    scores = torch.full((3, 7), torch.nan)
+    for begin, end, block in maxsim._torch_blocks(q, d):
+        scores[:, begin:end] = block
+    scores[:, d.lengths == 0] = -torch.inf
+    torch.testing.assert_close(scores, maxsim_matrix(q, d))
+
+
+@pytest.mark.parametrize("row", [0, 5, 13, 25, 29])
+def test_a_nan_shows_in_its_document_s_score_and_in_no_other(row: int) -> None:
+    d = ragged([30, 30], 8, torch.Generator().manual_seed(1))
+    d.vectors[row, 3] = torch.nan
+    q = ragged([5], 8, torch.Generator().manual_seed(2))
+    assert maxsim_matrix(q, d).isnan().tolist() == [[True, False]]
+
+
 def test_scores_are_fp32_under_autocast() -> None:
     generator = torch.Generator().manual_seed(5)
     q, d = ragged([4, 4], 64, generator), ragged([9, 5], 64, generator)
