@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from cluster.artifacts import averaged_ref, base_ref, index_ref
 from cluster.config import load_recipe
+from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from jobs.cli import app
 from tests.tiny_models import tiny_japanese_dir
@@ -120,6 +121,13 @@ def pipeline(world: World) -> dict:
     return json.loads((world.root / "report" / "report.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def shared_ray(world: World, pipeline: dict) -> Iterator[None]:
+    """One Ray for the commands that follow; the pipeline has started and stopped its own."""
+    with ray_session(world.recipe):
+        yield
+
+
 def test_the_pipeline_goes_from_text_to_answers(world: World, pipeline: dict) -> None:
     assert pipeline["skipped"] == []
     scores = pipeline["details"]["evaluate"]["scores"]["test"]
@@ -170,7 +178,7 @@ def _in_beir_parquet(root: Path) -> None:
         )
 
 
-def test_the_recipe_for_real_input_runs(tmp_path: Path) -> None:
+def test_the_recipe_for_real_input_runs(shared_ray: None, tmp_path: Path) -> None:
     (command,) = (line for line in job_commands("raycolbert pipeline") if "jaquad" in line)
     _in_beir_parquet(tmp_path / "data")
     averaged = {"average.inputs": "[{phase: pretrain, step: 1}, {phase: pretrain}]"}
@@ -192,7 +200,7 @@ def test_the_recipe_for_real_input_runs(tmp_path: Path) -> None:
     "command",
     [c for c in job_commands("raycolbert ") if not c.startswith(("raycolbert pipeline", "raycolbert serve"))],
 )
-def test_a_command_works_and_makes_nothing_again(world: World, pipeline: dict, command: str) -> None:
+def test_a_command_works_and_makes_nothing_again(world: World, shared_ray: None, command: str) -> None:
     result = CliRunner().invoke(app, world.arguments(command), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "written" not in result.output
@@ -215,7 +223,7 @@ def test_the_service_answers_readmes_request(world: World, pipeline: dict) -> No
         assert answer["shards"]["ok"] == answer["shards"]["total"] == 2
         assert len(answer["results"][0]) == 3
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # as Ctrl-C, which tests run in a shell's background would ignore
         process.wait(timeout=120)
     assert process.returncode == 0
 
