@@ -32,12 +32,12 @@ from benchmarks.support.search_files import VectorFiles
 from benchmarks.support.search_ours import build_index
 from benchmarks.support.search_vectors import (
     Texts,
+    add_set_options,
     encoded,
     exact_scores,
     pooled,
-    real_texts,
     recombined,
-    sample_texts,
+    texts_of,
 )
 from colbert_core.config import CodecConfig, SearchConfig
 from colbert_core.index import open_index
@@ -55,11 +55,7 @@ console = Console(width=120)
 def main() -> int:
     parser = argparse.ArgumentParser(description="Quality of filtered search and of pooled vectors.")
     parser.add_argument("--quick", action="store_true", help="the sample corpus, recombined")
-    parser.add_argument("--data", type=Path, help="folder with jaquad and jsquad; default: the samples")
-    parser.add_argument("--model", help="directory, or NAME@VERSION-or-alias; default: an untrained one")
-    parser.add_argument("--root", help="storage of a published model")
-    parser.add_argument("--cache", type=Path, help="keeps encoded vectors; default: nothing is kept")
-    parser.add_argument("--questions", type=int, default=500)
+    add_set_options(parser)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     questions = 60 if options.quick else options.questions
@@ -67,7 +63,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as name:
         folder = Path(name)
         cache = options.cache or folder / "cache"
-        texts = real_texts(options.data, questions) if options.data else sample_texts(questions)
+        texts = texts_of(options.data, questions)
         whole = encoded(texts, options.model, options.root, cache)
         sets = {factor: whole if factor == 1 else pooled(whole, factor, cache) for factor in POOLING}
         files = recombined(whole, QUICK_VECTORS, cache) if options.quick else whole

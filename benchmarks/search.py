@@ -1,8 +1,8 @@
 """Search engines over their own quality settings, on the same token vectors, against exact MaxSim.
 
 ``python -m benchmarks.search --data DIR --model DIR-OR-NAME@ALIAS [--root STORAGE] --cache DIR
---peer-python tachiom=PATH --peer-python fast-plaid=PATH --peer-python xtr-warp-rs=PATH``, where DIR holds
-``jaquad`` and ``jsquad`` in BEIR layout and PATH is the interpreter of an environment with that engine.
+--peer-python NAME=PATH``, where DIR holds ``jaquad`` and ``jsquad`` in BEIR layout, NAME is ``tachiom``,
+``fast-plaid``, ``pylate`` or ``xtr-warp-rs``, and PATH the interpreter of an environment with that engine.
 ``--vectors N`` recombines the vectors to N (made-up data, named so in the results). ``--quick`` takes the
 sample corpus, an untrained model and no peers.
 
@@ -37,7 +37,7 @@ from benchmarks.support.line_protocol import Peer
 from benchmarks.support.results import Goal, finish
 from benchmarks.support.search_files import VectorFiles
 from benchmarks.support.search_plot import plot
-from benchmarks.support.search_vectors import encoded, exact_ranking, real_texts, recombined, sample_texts
+from benchmarks.support.search_vectors import add_set_options, encoded, exact_ranking, recombined, texts_of
 from colbert_core.metrics import evaluate_run
 
 OURS, OURS_MODULE = "raycolbert", "benchmarks.support.search_ours"
@@ -97,15 +97,12 @@ def peer_contenders() -> dict[str, Contender]:
         {"k_centroids": 160, "ef_search": 240, "k_docs_to_score": 4000, "alpha": None},
     )
     probed = ((4, 512), (8, 1024), (8, 4096), (16, 8192), (32, 16384))
+    cuts = tuple({"n_ivf_probe": probes, "n_full_scores": scores} for probes, scores in probed)
     warped: tuple[Settings, ...] = ({}, {"nprobe": 16}, {"nprobe": 32}, {"nprobe": 64, "bound": 256})
     found = (
         Contender("tachiom", "tachiom", {}, refined),
-        Contender(
-            "fast-plaid 4-bit",
-            "fast-plaid",
-            {"nbits": 4},
-            tuple({"n_ivf_probe": probes, "n_full_scores": scores} for probes, scores in probed),
-        ),
+        Contender("fast-plaid 4-bit", "fast-plaid", {"nbits": 4}, cuts),
+        Contender("PyLate PLAID 4-bit", "pylate", {"nbits": 4}, cuts),
         Contender("xtr-warp-rs 4-bit", "xtr-warp-rs", {"nbits": 4}, warped),
     )
     return {contender.engine: contender for contender in found}
@@ -114,13 +111,9 @@ def peer_contenders() -> dict[str, Contender]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Search engines on the same token vectors.")
     parser.add_argument("--quick", action="store_true", help="the sample corpus, no peers, one round")
-    parser.add_argument("--data", type=Path, help="folder with jaquad and jsquad; default: the samples")
-    parser.add_argument("--model", help="directory, or NAME@VERSION-or-alias; default: an untrained one")
-    parser.add_argument("--root", help="storage of a published model")
-    parser.add_argument("--cache", type=Path, help="keeps encoded vectors; default: nothing is kept")
+    add_set_options(parser)
     parser.add_argument("--vectors", type=int, help="recombine the vectors to so many")
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help="repeatable")
-    parser.add_argument("--questions", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -131,7 +124,7 @@ def main() -> int:
     rounds, questions = (1, 60) if options.quick else (options.rounds, options.questions)
     with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as folder:
         cache = options.cache or Path(folder) / "cache"
-        texts = real_texts(options.data, questions) if options.data else sample_texts(questions)
+        texts = texts_of(options.data, questions)
         files = encoded(texts, options.model, options.root, cache)
         if options.vectors:
             files = recombined(files, options.vectors, cache)

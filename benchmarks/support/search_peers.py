@@ -1,4 +1,4 @@
-"""fast-plaid, tachiom and xtr-warp-rs, driven by the search benchmark; runs in their environments.
+"""fast-plaid, PyLate, tachiom and xtr-warp-rs, driven by the search benchmark; runs in their environments.
 
 ``RAYCOLBERT_PEER`` says which. Each gets the same float16 vectors, and as many threads as it is told.
 """
@@ -85,6 +85,47 @@ class FastPlaid(Engine):
         return [[int(number) for number, _ in hits] for hits in found]
 
 
+class PyLatePlaid(Engine):
+    """PyLate's PLAID index: a fast-plaid of the version that it pins, with a table of external ids."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+        self._index: Any = None
+        self._defaults: Settings = {}
+
+    def versions(self) -> dict[str, str]:
+        return {name: version(name) for name in ("pylate", "fast-plaid", "torch")}
+
+    def build(self, files: VectorFiles, index: Path, settings: Settings, threads: int) -> None:
+        self._torch.set_num_threads(threads)
+        self._plaid(index, override=True, **settings).add_documents(
+            documents_ids=[str(number) for number in range(len(files.lengths))],
+            documents_embeddings=_tensors(self._torch, files),
+        )
+
+    def open(self, index: Path, threads: int) -> None:
+        self._torch.set_num_threads(threads)
+        self._index = self._plaid(index)
+        backend = self._index._index
+        self._defaults = {name: getattr(backend, name) for name in ("n_ivf_probe", "n_full_scores")}
+
+    def search(self, queries: Sequence[np.ndarray], k: int, settings: Settings) -> list[list[int]]:
+        # A search takes its quality settings from the constructor; a second index would load it all again.
+        for name, value in (self._defaults | settings).items():
+            setattr(self._index._index, name, value)
+        given = [self._torch.from_numpy(np.ascontiguousarray(query)) for query in queries]
+        return [[int(hit["id"]) for hit in hits] for hits in self._index(given, k=k)]
+
+    def _plaid(self, index: Path, **settings: Any) -> Any:
+        from pylate import indexes
+
+        return indexes.PLAID(
+            index_folder=str(index), index_name="plaid", device="cpu", show_progress=False, **settings
+        )
+
+
 class XtrWarp(Engine):
     """WARP in Rust over libtorch."""
 
@@ -135,7 +176,12 @@ def _known(numbers: Any) -> list[int]:
     return [int(number) for number in numbers if number != np.iinfo(np.uint32).max]
 
 
-PEERS: dict[str, type[Engine]] = {"tachiom": Tachiom, "fast-plaid": FastPlaid, "xtr-warp-rs": XtrWarp}
+PEERS: dict[str, type[Engine]] = {
+    "tachiom": Tachiom,
+    "fast-plaid": FastPlaid,
+    "pylate": PyLatePlaid,
+    "xtr-warp-rs": XtrWarp,
+}
 
 if __name__ == "__main__":
     serve_engine(PEERS[os.environ["RAYCOLBERT_PEER"]]())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import random
@@ -52,6 +53,20 @@ class Texts:
     documents: Sequence[str]
     questions: Sequence[str]
     relevant: Sequence[Mapping[int, int]]
+
+
+def add_set_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is encoded, and with what."""
+    parser.add_argument("--data", type=Path, help="folder with jaquad and jsquad; default: the samples")
+    parser.add_argument("--model", help="directory, or NAME@VERSION-or-alias; default: an untrained one")
+    parser.add_argument("--root", help="storage of a published model")
+    parser.add_argument("--cache", type=Path, help="keeps encoded vectors; default: nothing is kept")
+    parser.add_argument("--questions", type=int, default=500)
+
+
+def texts_of(data: Path | None, questions: int) -> Texts:
+    """The texts of a data folder, or the samples without one."""
+    return real_texts(data, questions) if data else sample_texts(questions)
 
 
 def sample_texts(questions: int) -> Texts:
@@ -194,13 +209,17 @@ def exact_ranking(files: VectorFiles) -> np.ndarray:
     return found
 
 
-def exact_scores(files: VectorFiles) -> np.ndarray:
-    """float32 ``[queries, documents]``: MaxSim of the float16 vectors, computed in fp32."""
-    queries = RaggedVectors(
-        torch.from_numpy(np.concatenate(files.queries)), torch.tensor([len(q) for q in files.queries])
-    )
+def exact_scores(files: VectorFiles, questions: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    """float32 ``[queries, documents]``: MaxSim of the float16 vectors, computed in fp32.
+
+    Args:
+        files: the documents.
+        questions: float32 ``[length, dim]`` each; default: all of the set's.
+    """
+    asked = files.queries if questions is None else questions
+    queries = RaggedVectors(torch.from_numpy(np.concatenate(asked)), torch.tensor([len(q) for q in asked]))
     offsets = files.offsets
-    scores = np.empty((len(files.queries), len(files.lengths)), dtype=np.float32)
+    scores = np.empty((len(asked), len(files.lengths)), dtype=np.float32)
     for start in range(0, len(files.lengths), BLOCK):
         lengths = files.lengths[start : start + BLOCK]
         flat = files.vectors[offsets[start] : offsets[start + len(lengths)]].astype(np.float32)

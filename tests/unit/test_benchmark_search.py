@@ -1,4 +1,4 @@
-"""The search benchmark's own arithmetic: exact scores, recombined vectors, and when a goal is met."""
+"""The arithmetic of the benchmarks of search, growth, encoding and exact scores, and when a goal is met."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.growth import exponent, half_way, write_part
 from benchmarks.search import OURS, Benchmark
+from benchmarks.support.encode_programs import lead
+from benchmarks.support.exported_model import some_of
+from benchmarks.support.growth_ours import Program as Growth
+from benchmarks.support.maxsim_programs import METHODS
 from benchmarks.support.search_files import VectorFiles
 from benchmarks.support.search_vectors import (
     Texts,
@@ -84,6 +89,79 @@ def test_texts_are_encoded_once_and_pooled_from_that(tmp_path: Path) -> None:
     assert half.lengths.tolist() == [1 + max(1, (length - 1) // 2) for length in files.lengths]
     assert np.linalg.norm(half.vectors.astype(np.float32), axis=1) == pytest.approx(1, abs=2e-3)
     assert half.queries[0].tolist() == files.queries[0].tolist()
+
+
+def test_some_texts_keep_their_labels() -> None:
+    documents = [f"document {number}" for number in range(100)]
+    questions = [f"question {number}" for number in range(40)]
+    texts = Texts("words", documents, questions, [{number: 1, 99: 2} for number in range(40)])
+    kept = some_of(texts, 20)
+    assert len(set(kept.documents)) == len(kept.documents) == 20
+    assert set(kept.documents) <= set(documents)
+    # 99 and one more for each question, until half of the documents answer one; others may be met by chance.
+    assert 9 <= len(kept.questions) == len(kept.relevant) < 20
+    for question, labels in zip(kept.questions, kept.relevant, strict=True):
+        number = int(question.split()[1])
+        assert {kept.documents[place]: label for place, label in labels.items()} == {
+            documents[number]: 1,
+            documents[99]: 2,
+        }
+    assert some_of(texts, 20) == kept != some_of(texts, 20, seed=1)
+    everything = some_of(texts, 1000)
+    assert sorted(everything.documents) == sorted(documents)
+    assert sorted(everything.questions) == sorted(questions)
+
+
+def test_a_peer_counts_with_its_faster_mode() -> None:
+    seconds = {
+        (OURS, "bf16"): [1.0, 2.0, 1.0],
+        ("peer", "bf16"): [3.0, 3.0, 3.0],
+        ("peer", "bf16-weights"): [1.5, 4.0, 2.0],
+        (OURS, "fp32"): [2.0, 2.0, 2.0],
+        ("peer", "fp32"): [5.0, 4.0, 3.0],
+    }
+    assert lead(seconds, "peer", "bf16") == 2.0  # ratios of the same round: 1.5, 2 and 2
+    assert lead(seconds, "peer", "fp32") == 2.0
+
+
+def test_growth_is_a_power_of_the_size() -> None:
+    rows = [
+        {"vectors": n, "build_s": 3e-6 * n**1.2, "scan_ms": 0.01 * n**0.5, "rest_ms": 10 * n**0.1}
+        for n in (1e5, 3e5, 1e6)
+    ]
+    assert exponent(rows, "build_s")["exponent"] == pytest.approx(1.2)
+    assert exponent(rows, "build_s")["factor"] == pytest.approx(3e-6)
+    half = half_way(rows)
+    assert half is not None
+    assert 0.01 * half**0.5 == pytest.approx(10 * half**0.1)
+    assert half_way([{"vectors": n, "scan_ms": 1 + 1 / n, "rest_ms": n} for n in (1, 2, 3)]) is None
+
+
+def test_a_size_is_the_first_documents_of_one_order(files: VectorFiles, tmp_path: Path) -> None:
+    documents = np.random.default_rng(1).permutation(300)[:120]
+    assert write_part(files, documents, tmp_path / "part") == files.lengths[documents].sum()
+    part = VectorFiles(tmp_path / "part")
+    assert part.lengths.tolist() == files.lengths[documents].tolist()
+    for place, number in enumerate(documents):
+        assert (part.document(place) == files.document(number)).all()
+    program = Growth()
+    built = program.build(str(part.folder), str(tmp_path / "index"), threads=1)
+    assert built["seconds"] > 0 and built["centroids"] > 0
+    program.open(str(part.folder), str(tmp_path / "index"), threads=2)
+    times = program.single(10, {"probes": 100}, str(tmp_path / "found.npy"))
+    assert {len(values) for values in times.values()} == {4}
+    # A stage is part of the whole; one that was never called took nothing.
+    for total, tables, score in zip(times["total"], times["tables"], times["score"], strict=True):
+        assert 0 < tables < total and score > 0
+    best = np.argsort(-exact_scores(part), axis=1, kind="stable")[:, 0]
+    assert (np.load(tmp_path / "found.npy")[:, 0] == best).mean() >= 0.75
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "maxsim-cpu"])
+def test_methods_that_are_timed_give_maxsim(files: VectorFiles, method: str) -> None:
+    documents = files.vectors.astype(np.float32)
+    score = METHODS[method](files.queries[1], documents, files.lengths)
+    assert np.asarray(score()) == pytest.approx(exact_scores(files)[1], abs=1e-5)
 
 
 def reading(engine: str, recall: float, p50: float, qps: float) -> dict[str, object]:
