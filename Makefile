@@ -25,7 +25,7 @@ quickstart: install  ## text to a served, trained retriever, on this machine
 	$(BIN)/raycolbert pipeline recipes/quickstart.yaml --report quickstart
 
 test: install  ## all tests, two files at a time: much of an integration test is waiting for processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install  ## format check, lint, types, import contract
 	$(BIN)/ruff format --check .

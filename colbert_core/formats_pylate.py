@@ -15,6 +15,7 @@ keeps the lengths in sentence_bert_config.json and the markers as prompts; that 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,14 +193,23 @@ def read_settings(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
                 f"{path}: the tokenizer makes {' '.join(pieces)} of the {side} prompt {prefixes[side]!r}; "
                 "this model has markers of one token, not text prompts"
             )
-    # As both look them up: what is not in the vocabulary stands for [UNK], which is then skipped.
-    skipped = tokenizer.convert_tokens_to_ids([str(word) for word in skiplist or []])
-    assert isinstance(skipped, list)  # as a list was asked for
-    values["skip_punctuation"] = skip_setting(tokenizer, set(skipped))
+    skipped = _skipped_ids(skiplist or [], tokenizer, known_only=is_prompt)
+    values["skip_punctuation"] = skip_setting(tokenizer, skipped)
     return values
 
 
 _SIDES = ("query", "document")
+
+
+def _skipped_ids(words: Sequence[Any], tokenizer: PreTrainedTokenizerBase, known_only: bool) -> set[int]:
+    """What a skiplist stands for: in PyLate a word that the vocabulary lacks is [UNK], in
+    sentence-transformers it is nothing."""
+    found = {str(word): tokenizer.convert_tokens_to_ids(str(word)) for word in words}
+    return {
+        index
+        for word, index in found.items()
+        if isinstance(index, int) and not (known_only and find_token(tokenizer, word) is None)
+    }
 
 
 def _modules(directory: Path) -> list[tuple[str, str]]:

@@ -16,6 +16,8 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_TRAIN_V2_ENABLED="1",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
+    # The end of a run, and the death of a worker, are noticed in a fraction of a second instead of 2.
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",

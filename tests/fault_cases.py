@@ -48,7 +48,7 @@ class Case:
     operation: Operation
     outcome: str = _GOOD
     fault: Fault | None = None
-    special: Literal["", "kill_server", "kill_client", "full_disk"] = ""
+    special: Literal["", "kill_server", "kill_client", "full_disk", "limited_files"] = ""
     timeout_s: float = 6.0
 
     @property
@@ -127,8 +127,9 @@ def _lasting() -> Iterator[Case]:
     ignoring = Fault("ignore_condition", ("PUT",), "", None)
     refused = "StorageError: does not honour conditional writes"
     yield Case("a server that ignores conditional writes", "publish", refused, ignoring)
-    text = "disk full (a limit on the size of files stands for it)"
-    yield Case(text, "pull", "StorageError: no space left", special="full_disk")
+    full = "StorageError: no space left"
+    yield Case("disk full (a file system of 4 MB)", "pull", full, special="full_disk")
+    yield Case("a file larger than the process may write", "pull", full, special="limited_files")
 
 
 CASES = (*_passing(), *_lasting())
@@ -136,5 +137,12 @@ CASES = (*_passing(), *_lasting())
 _KILLED = "server killed while the files move, and started again"
 OUTAGES = (
     Case(_KILLED, "publish", special="kill_server", timeout_s=40),
+    Case(
+        "server killed when it is to write the manifest, and started again",
+        "publish",
+        fault=Fault("stall", ("PUT",), MANIFEST, seconds=1.0),
+        special="kill_server",
+        timeout_s=40,
+    ),
     Case(_KILLED, "pull", special="kill_server", timeout_s=40),
 )

@@ -7,6 +7,7 @@ run the same cases and compare each with its row of that file.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,10 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from cluster.artifacts import ArtifactRef
+from cluster.config import StorageConfig
 from cluster.registry import Registry
+from cluster.registry_gc import collect
 from colbert_core.errors import RaycolbertError
 from tests.fault_cases import CASES, OUTAGES, WEIGHTS, Case, Operation
 from tests.fault_proxy import FaultProxy
@@ -31,22 +35,33 @@ V1, V2 = ArtifactRef("models", "ja", "v1"), ArtifactRef("models", "ja", "v2")
 # One file of two parts, and one of a single request.
 FILES = {WEIGHTS: bytes(range(256)) * 35_000, "config.json": b'{"dim": 128}' * 100}
 
-# A process that cannot write a file above 1 MB: the write fails half-way, as on a full disk.
-_PULL_ON_A_FULL_DISK = """
-import resource, signal, sys
+# Pulls, says what came of it, and what it left behind.
+_PULL = """
+import sys
+from pathlib import Path
 from cluster.config import StorageConfig
 from cluster.registry import ArtifactRef, Registry
 from colbert_core.errors import RaycolbertError
 
-registry = Registry.open(StorageConfig.model_validate_json(sys.argv[1]))
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+config = StorageConfig.model_validate_json(sys.argv[1])
 try:
-    registry.pull(ArtifactRef("models", "ja", "v1"))
+    Registry.open(config).pull(ArtifactRef("models", "ja", "v1"))
     print("succeeds")
 except RaycolbertError as error:
     print(f"{type(error).__name__}: {error}")
+cache = Path(config.cache_dir)
+left = [path for path in cache.rglob("*") if path.is_file() and path.parent != cache / "locks"]
+assert not left, left
 """
+# Files end at 1 MB, so that a write fails half-way.
+_LIMITED = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+"""
+# In a mount namespace of its own, which any user may make where the system lets them.
+_NAMESPACE = ("unshare", "--map-root-user", "--mount")
+_SMALL_DISK = 'mount -t tmpfs -o size=4m none "$0" && exec "$@"'
 
 
 class Result:
@@ -55,11 +70,13 @@ class Result:
     Attributes:
         outcome: ``succeeds`` or ``<type>: <message>``.
         seconds: how long the operation took.
+        leaked: unfinished uploads that the collection had to remove.
     """
 
-    def __init__(self, outcome: str, seconds: float) -> None:
+    def __init__(self, outcome: str, seconds: float, leaked: int) -> None:
         self.outcome = outcome
         self.seconds = seconds
+        self.leaked = leaked
 
     def agrees(self, case: Case) -> bool:
         """Whether this is the outcome that the case states."""
@@ -97,22 +114,53 @@ def run(case: Case, server: S3Server, bucket: str, directory: Path) -> Result:
         # A fault counts its strikes, so that every run needs its own.
         fault = stack.enter_context(proxy.fault(replace(case.fault, hits=0))) if case.fault else None
         if case.special == "kill_server":
-            stack.enter_context(_killing(server, proxy, case.operation))
+            stack.enter_context(_killing(server, proxy, case))
         operation = _operation(case.operation, faulty, source)
         if case.special == "kill_client":
             command = [sys.executable, "-c", KILLED_PUBLISH, config.model_dump_json(), str(source)]
             assert subprocess.run(command, check=False).returncode == 9
             assert not direct.exists(V1)
         begin = time.monotonic()
-        if case.special == "full_disk":
-            command = [sys.executable, "-c", _PULL_ON_A_FULL_DISK, config.model_dump_json()]
-            outcome = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        if case.special in ("full_disk", "limited_files"):
+            outcome = _pull_elsewhere(case, config)
         else:
             outcome = _outcome(operation)
         seconds = time.monotonic() - begin
         assert fault is None or fault.hits, "the fault did not happen"
     _check(case, outcome, direct, directory)
-    return Result(outcome, seconds)
+    return Result(outcome, seconds, _collect(direct) if case.operation == "publish" else 0)
+
+
+def can_mount() -> bool:
+    """Whether this user may mount a small file system."""
+    return (
+        shutil.which("unshare") is not None
+        and not subprocess.run(
+            [*_NAMESPACE, "sh", "-c", 'mount -t tmpfs none "$0"', tempfile.gettempdir()],
+            check=False,
+            capture_output=True,
+        ).returncode
+    )
+
+
+def _pull_elsewhere(case: Case, config: StorageConfig) -> str:
+    """Pulls in a process that may not write much, and leaves nothing of it behind."""
+    limit = _LIMITED if case.special == "limited_files" else ""
+    command = [sys.executable, "-c", limit + _PULL, config.model_dump_json()]
+    if case.special == "full_disk":
+        Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
+        command = [*_NAMESPACE, "sh", "-c", _SMALL_DISK, config.cache_dir, *command]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _collect(registry: Registry) -> int:
+    """Collects garbage a month later; returns how many uploads were unfinished, and now are none."""
+    registry.promote(V1, "production")  # or it would be garbage, too
+    later = datetime.now(timezone.utc) + timedelta(days=31)
+    found = collect(registry, now=later, dry_run=False)
+    assert not registry.store.abort_uploads(later, dry_run=True)
+    assert registry.verify(V1) == []
+    return sum(item.what == "upload" for item in found.garbage)
 
 
 def _operation(name: Operation, registry: Registry, source: Path) -> Callable[[], object]:
@@ -155,14 +203,15 @@ def _check(case: Case, outcome: str, direct: Registry, directory: Path) -> None:
 
 
 @contextmanager
-def _killing(server: S3Server, proxy: FaultProxy, operation: Operation) -> Iterator[None]:
-    """Kills the server when the large file begins to move, and starts it again."""
+def _killing(server: S3Server, proxy: FaultProxy, case: Case) -> Iterator[None]:
+    """Kills the server when the large file, or what the fault strikes, begins to move; starts it again."""
     restarted: list[bool] = []
 
     def watch() -> None:
-        wanted = "PUT" if operation == "publish" else "GET"
+        wanted = "PUT" if case.operation == "publish" else "GET"
+        place = case.fault.path if case.fault else WEIGHTS
         deadline = time.monotonic() + 20
-        while not any(m == wanted and WEIGHTS in path for m, path in list(proxy.requests)):
+        while not any(m == wanted and place in path for m, path in list(proxy.requests)):
             if time.monotonic() > deadline:
                 return
             time.sleep(0.0005)
@@ -186,7 +235,8 @@ def document(cases: Sequence[Case]) -> str:
         "Each row is run against a real S3 server (SeaweedFS) behind a proxy that makes the fault; the last",
         "column is checked afterwards, past the proxy. A request is tried again, with exponential backoff",
         "and jitter, for `storage.request_timeout_s` seconds; then, or at once where trying again is",
-        "useless, the operation ends in a typed error that names operation, key and storage.",
+        "useless, the operation ends in a typed error that names operation, key and storage. What a failed",
+        "publish leaves in storage, parts of unfinished uploads too, is gone after `raycolbert registry gc`.",
         "",
         "Written by `python -m tests.fault_matrix`; `tests/integration/test_storage_faults.py` and",
         "`test_storage_outage.py` run the same cases and fail if a row is missing or no longer true.",

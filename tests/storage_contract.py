@@ -81,12 +81,16 @@ class StorageContract:
             count = store.read_into("r", start, memoryview(buffer))
             assert buffer[:count] == data[start : start + length]
             assert not any(buffer[count:])
+            digest = hashlib.sha256(buffer[:count]).hexdigest()
+            assert store.read_hashed("r", start, memoryview(bytearray(length))) == (count, digest)
         for start, length in ((-1, 2), (0, -1)):
             with pytest.raises(ValueError, match="range"):
                 store.get_range("r", start, length)
         store.put("empty", b"")
         assert store.get_range("empty", 0, 10) == b""
         assert store.read_into("empty", 0, memoryview(bytearray(10))) == 0
+        nothing = hashlib.sha256().hexdigest()
+        assert store.read_hashed("empty", 0, memoryview(bytearray(10))) == (0, nothing)
         with pytest.raises(ValueError, match="range"):
             store.read_into("r", -1, memoryview(bytearray(2)))
 
@@ -96,8 +100,11 @@ class StorageContract:
 
         def read(start: int) -> bool:
             buffer = bytearray(3_000_000)
-            return store.read_into("large", start, memoryview(buffer)) == 3_000_000 and (
-                buffer == data[start : start + 3_000_000]
+            count, digest = store.read_hashed("large", start, memoryview(buffer))
+            return (count, buffer, digest) == (
+                3_000_000,
+                data[start : start + 3_000_000],
+                hashlib.sha256(buffer).hexdigest(),
             )
 
         with ThreadPoolExecutor(4) as pool:

@@ -86,8 +86,19 @@ class ColbertAi:
 
     @classmethod
     def make(cls, backbone: str, dim: int, lengths: tuple[int, int]) -> ColbertAi:
+        """Its markers are [unused0] and [unused1], or any pieces where a vocabulary lacks these.
+
+        It adds none, and would take [UNK] for both.
+        """
+        from transformers import AutoTokenizer
+
         query, document = lengths
-        return cls(backbone, checkpoint=backbone, dim=dim, query_maxlen=query, doc_maxlen=document)
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        markers = ["[unused0]", "[unused1]"]
+        if tokenizer.unk_token_id in tokenizer.convert_tokens_to_ids(markers):
+            markers = tokenizer.convert_ids_to_tokens([1000, 1001])
+        ids = {"query_token_id": markers[0], "doc_token_id": markers[1]}
+        return cls(backbone, checkpoint=backbone, dim=dim, query_maxlen=query, doc_maxlen=document, **ids)
 
     def encode(self, text: str, is_query: bool) -> torch.Tensor:
         if is_query:

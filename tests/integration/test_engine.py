@@ -405,16 +405,24 @@ def start(rank: int, workers: int, folder: Path, programs: list[Callable[[Path],
     dist.destroy_process_group()
 
 
+def lead(_: int, folder: Path) -> None:
+    """Imports what takes seconds once, and forks the processes of both groups."""
+    import cluster.engine
+    import cluster.training_units  # noqa: F401 - takes Ray Data with it
+
+    for workers, programs in (
+        (2, [views, stage_three_resume, plain_adamw, encoder]),
+        (1, [views, stage_three_resume, plain_adamw, other_sizes, refusals]),
+    ):
+        mp.start_processes(start, args=(workers, folder, programs), nprocs=workers, start_method="fork")
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both group sizes found, as JSON files."""
     folder = tmp_path_factory.mktemp(uuid.uuid4().hex)
     tiny_bert_dir(folder / "base")
-    for workers, programs in (
-        (2, [views, stage_three_resume, plain_adamw, encoder]),
-        (1, [views, stage_three_resume, plain_adamw, other_sizes, refusals]),
-    ):
-        mp.spawn(start, args=(workers, folder, programs), nprocs=workers)
+    mp.spawn(lead, args=(folder,))
     return folder
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from cluster.artifacts import base_ref, index_ref
 from cluster.config import Recipe, StorageConfig
+from cluster.data_files import DataFiles
 from cluster.index_corpus import BuildArea
 from cluster.manifest import Manifest, Parent, parse_ref
 from cluster.models import ensure_base, load_model_ref, pinned
@@ -165,6 +166,7 @@ def test_the_manifest_describes_the_index(built: Recipe) -> None:
     folder = Registry.open(built.storage).pull(index_ref(built))
     codec = json.loads((folder / "codec/codec.json").read_text())
     assert manifest.extra["codec"] == codec["sha256"]
+    assert manifest.data_fingerprint == DataFiles(built, ["many/corpus.parquet"]).fingerprint
     asked = corpus(DOCUMENTS)[::97]
     assert open_index(folder).records([row["_id"] for row in asked]) == {
         row["_id"]: {"title": row["title"], "text": row["text"]} for row in asked
@@ -226,6 +228,9 @@ def test_few_documents_and_a_moved_alias(root: Path, s3_server: S3Server) -> Non
     assert rebuilt not in report.artifacts
     parents = [registry.manifest(parse_ref(ref)).parents for ref in (*report.artifacts, rebuilt)]
     assert parents == [(Parent(first),), (Parent(second),)]
+    add_source(root, "few", corpus(4))
+    with pytest.raises(DataError, match=rf"few/corpus.parquet: .*, since {rebuilt} was made of it"):
+        index.run(aliased)
 
 
 def test_a_killed_build_goes_on(built: Recipe, root: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import socket
 import time
 from datetime import datetime, timedelta, timezone
 
@@ -11,6 +14,7 @@ from cluster.config import StorageConfig
 from cluster.storage import ObjectStore, open_store
 from cluster.storage.s3 import S3Store
 from colbert_core.errors import ConfigError, ObjectNotFound, PreconditionFailed, StorageError
+from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_server import SECRET_KEY, S3Server
 from tests.storage_contract import StorageContract
 
@@ -148,3 +152,61 @@ def test_single_writer_checks_before_it_writes(store: S3Store) -> None:
     alone.delete("a")
     with pytest.raises(PreconditionFailed, match="is gone"):
         alone.put("a", b"3", if_match=second)
+
+
+def test_ranges_are_read_past_boto3(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(3_000_000)
+    keys = ["plain", "日本/a b+c%20d~(1).bin", "x" * 200]
+    for key in keys:
+        store.put(key, data)
+
+    def refuse(*_: object) -> bytes:
+        raise AssertionError("boto3 was asked")
+
+    monkeypatch.setattr(store, "_read_range", refuse)
+    buffer = bytearray(1_000_000)
+    for key in keys * 2:
+        for start in (0, 5, 2_500_000):
+            count, digest = store.read_hashed(key, start, memoryview(buffer))
+            assert buffer[:count] == data[start : start + len(buffer)]
+            assert digest == hashlib.sha256(buffer[:count]).hexdigest()
+    reader = store.requests.ranges
+    assert len(reader._idle) == 1, "one connection serves one thread"
+    # The server closes connections that are idle for long: this one is of no use any more.
+    reader._idle[0].sock.shutdown(socket.SHUT_RDWR)
+    assert store.read_into("plain", 0, memoryview(buffer)) == len(buffer)
+    assert len(reader._idle) == 1
+
+
+def test_what_is_no_plain_answer_is_left_to_boto3(
+    s3_server: S3Server, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(2_000_000)
+    store.put("a", data)
+    buffer = bytearray(len(data))
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        faulty = open_store(store.config.model_copy(update={"endpoint_url": proxy.url}))
+        assert isinstance(faulty, S3Store)
+        for kind in ("refuse", "error", "break_body", "lose_answer"):
+            # On the first connection, on one that was kept, and on one after that.
+            for _ in range(3):
+                with proxy.fault(Fault(kind, ("GET",), times=1)) as fault:  # type: ignore[arg-type]
+                    assert faulty.read_hashed("a", 0, memoryview(buffer)) == (
+                        len(data),
+                        hashlib.sha256(data).hexdigest(),
+                    )
+                assert buffer == data and fault.hits == 1
+        with (
+            proxy.fault(Fault("error", ("GET",), times=None, status=403, code="ExpiredToken")),
+            pytest.raises(StorageError, match=r"read_hashed of 'a' .*the credentials have expired"),
+        ):
+            faulty.read_hashed("a", 0, memoryview(buffer))
+    for name, value in (("http_proxy", "http://127.0.0.1:9"), ("AWS_ACCESS_KEY_ID", "")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            changed.delenv("no_proxy", raising=False)
+            changed.setenv("AWS_SHARED_CREDENTIALS_FILE", "/none")
+            other = open_store(store.config)
+            assert isinstance(other, S3Store)
+            digest = hashlib.sha256()
+            assert other.requests.ranges.read_into("a", 0, memoryview(buffer), digest) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import resource
 import threading
 from collections.abc import Sequence
 from itertools import permutations
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from colbert_core import mean_plan
 from colbert_core.averaging import average_files, greedy_soup
 from colbert_core.averaging import average_models as average_model_files
-from colbert_core.errors import ConfigError, ModelError, NonFiniteError
+from colbert_core.errors import ConfigError, ModelError, NonFiniteError, StorageError
 from colbert_core.model_files import local_model
 
 floats = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -197,6 +198,22 @@ def test_a_damaged_file_is_named(tmp_path):
     b.write_bytes(a.read_bytes()[:-4])
     with pytest.raises(ModelError, match=r"b\.safetensors: not readable"):
         average_files([a, b], [1, 1], tmp_path / "m.safetensors")
+
+
+def test_a_full_disk_is_a_typed_error_and_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    a = model_dir(tmp_path / "a", 1.0)
+    save_file({"w": torch.ones(500_000)}, a / "model.safetensors")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(StorageError, match=r"averaging into .*out: .*File too large"):
+            average_models([a, a], [1, 1], tmp_path / "out")
+        with pytest.raises(StorageError, match=r"averaging into .*mean\.safetensors: .*File too large"):
+            average_files([a / "model.safetensors"], [1], tmp_path / "mean.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def anonymous_peak_kb(action) -> int:
