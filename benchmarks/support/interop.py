@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks.support.line_protocol import Peer, PeerError
 from colbert_core.config import ColBERTConfig
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import RaycolbertError
 from colbert_core.formats import load_model, save_model
+from colbert_core.formats_stanford import masked_ids
 from colbert_core.maxsim import maxsim_pairs
+from colbert_core.text import skip_setting
 
 TOLERANCE = 1e-5
 QUERY_LENGTH, DOCUMENT_LENGTH = 32, 180
@@ -73,10 +76,22 @@ def our_scores(directory: Path, pairs: Pairs) -> list[float]:
     return maxsim_pairs(queries, documents, torch.stack([numbers, numbers], dim=1)).tolist()
 
 
-def export(backbone: str | Path, directory: Path, dim: int) -> None:
-    """Our export of a backbone with a random projection, as both foreign layouts can say it."""
+def export(backbone: str | Path, directory: Path, dim: int, peer: str) -> None:
+    """Our export of a backbone with a random projection, with settings that the peer's layout can say.
+
+    Stanford's says "punctuation", and its code takes the first piece of each symbol. That is all of it with
+    WordPiece; with SentencePiece other pieces, which are named here.
+    """
+    skipped: bool | tuple[str, ...] = True
+    if peer == "colbert-ai":
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        skipped = skip_setting(tokenizer, masked_ids(tokenizer))
     config = ColBERTConfig(
-        dim=dim, query_length=QUERY_LENGTH, document_length=DOCUMENT_LENGTH, query_length_rule="fixed"
+        dim=dim,
+        query_length=QUERY_LENGTH,
+        document_length=DOCUMENT_LENGTH,
+        query_length_rule="fixed",
+        skip_punctuation=skipped,
     )
     save_model(ColBERT.create(backbone, config, seed=0), directory)
 
@@ -102,7 +117,7 @@ def compare(name: str, python: str, backbone: str | Path, pairs: Pairs, dim: int
     ):
         listed = Path(work) / "pairs.json"
         listed.write_text(json.dumps(list(pairs)), encoding="utf-8")
-        export(backbone, Path(work) / "ours", dim)
+        export(backbone, Path(work) / "ours", dim, name)
         steps: Mapping[str, tuple[str, dict[str, object]]] = {
             "ours": ("load", {"model": str(Path(work) / "ours")}),
             "saved": ("load", {"model": str(Path(work) / "ours")}),

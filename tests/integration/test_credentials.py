@@ -155,7 +155,8 @@ def test_logs_of_ray_have_none(jobs: Jobs) -> None:
 def test_reports_have_none(jobs: Jobs) -> None:
     assert {path.name for path in jobs.report.iterdir()} == {"report.json", "report.html"}
     report = json.loads((jobs.report / "report.json").read_text(encoding="utf-8"))
-    assert {name.partition("/")[0] for name in report["artifacts"]} >= {"models", "indexes"}
+    # The models were made before the failure, and are kept.
+    assert {name.partition("/")[0] for name in report["artifacts"]} == {"evaluations", "indexes"}
     assert files_with_secrets(jobs.report) == []
     assert files_with_secrets(jobs.cache) == []
 

@@ -24,8 +24,7 @@ BACKBONES = {
     "japanese-bert": tiny_japanese_dir,
     "xlm-r": tiny_xlmr_dir,
 }
-# colbert-ai's skiplist takes the first piece of a mark, with SentencePiece the start of a word.
-CASES = [(peer, name) for peer in VARIABLES for name in BACKBONES if (peer, name) != ("colbert-ai", "xlm-r")]
+CASES = [(peer, name) for peer in VARIABLES for name in BACKBONES]
 
 
 def test_the_pairs_are_fifty_and_have_what_is_treated_differently() -> None:

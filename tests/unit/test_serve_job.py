@@ -54,6 +54,8 @@ def test_a_signal_ends_the_job_in_good_order(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(serve, "deployed", lambda: True)
+    # A shell that runs the tests in its background has them ignore SIGINT.
+    as_inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), number))
     timer.start()
@@ -66,6 +68,7 @@ def test_a_signal_ends_the_job_in_good_order(
     assert "http://127.0.0.1:1234/v1/search" in printed
     assert "Bearer $MY_KEYS" in printed, "the example names the variable, never a key"
     assert signal.getsignal(signal.SIGTERM) is before
+    signal.signal(signal.SIGINT, as_inherited)
 
 
 def test_a_service_that_somebody_else_took_down_ends_the_job_with_a_warning(
