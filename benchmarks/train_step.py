@@ -237,7 +237,6 @@ class Benchmark:
             "steps": plan.loop_steps,
             "queries_per_step": 8,
             "micro_batch": 4,
-            "precision": "autocast",
             "zero_stage": 0,
             "optimizer": {"name": "adamw", "lr": LEARNING_RATE, "decay": "constant"},
             "checkpoint": {"every_steps": 1_000_000},
@@ -274,7 +273,7 @@ class Benchmark:
             Goal("data wait as a share of a step", wait, 0.02, at_most=True),
             Goal("throughput of 2 workers × 1 thread over 1 × 2", throughput, 0.9),
         ]
-        table = Table(title="seconds of a step of 8 questions × 8 passages, bf16, natural lengths")
+        table = Table(title="seconds of a step of 8 questions × 8 passages, natural lengths")
         for heading in ("loop", "median", "fastest", "slowest"):
             table.add_column(heading, justify="left" if heading == "loop" else "right")
         for name, runs in (("bare", bare), ("Ray Train, 1 × 2", ray), ("Ray Train, 2 × 1", two)):

@@ -31,12 +31,12 @@ from cluster.index_corpus import (
 )
 from cluster.models import load_model_ref
 from cluster.registry import Registry, StagedArtifact
-from cluster.scorers.loading import bf16_is_fast
 from cluster.sources import document_text
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import IntegrityError
 from colbert_core.index import Codec, ShardWriter
 from colbert_core.index.shard import METADATA_FILE
+from colbert_core.precision import bf16_is_fast
 
 _THREADS = 8
 # Files of a shard that grow with texts and ids, not with vectors.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from cluster.engine import StepOutcome
+from cluster.engine import Precision, StepOutcome
 from cluster.training_log import StepRecord
 from cluster.training_step import UnitOutcome
 from cluster.training_units import TokenisedUnit
@@ -157,7 +157,9 @@ class StepFigures:
     def report_due(self) -> bool:
         return bool(self._columns["report_due"].any())
 
-    def record(self, update: StepOutcome, epoch: float, seconds: float, workers: int) -> StepRecord:
+    def record(
+        self, update: StepOutcome, *, epoch: float, seconds: float, workers: int, precision: Precision
+    ) -> StepRecord:
         """The step's log record."""
 
         def total(name: str) -> float:
@@ -182,6 +184,7 @@ class StepFigures:
             truncated_queries=int(total("truncated_queries")),
             dropped_tokens=int(total("dropped")),
             workers=workers,
+            precision=precision,
             save_s=float(self._columns["save"].max()),
             uploading=bool(self._columns["uploading"].any()),
         )

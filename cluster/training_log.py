@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, JsonValue
 from rich.console import Console
@@ -60,6 +60,7 @@ class StepRecord(FrozenModel):
         truncated_queries: queries cut to the length limit.
         dropped_tokens: tokens cut off, of documents and queries.
         workers: how many took part.
+        precision: what the step was computed in.
     """
 
     step: int
@@ -79,13 +80,14 @@ class StepRecord(FrozenModel):
     truncated_queries: int
     dropped_tokens: int
     workers: int
-    # Logs of earlier versions lack these two.
+    # Logs of earlier versions lack these.
     save_s: float = 0.0
     uploading: bool = False
+    precision: Literal["fp32", "bf16", "autocast"] | None = None
 
     def scalars(self) -> dict[str, float]:
         """The figures by name, terms of the loss as ``loss/<term>``."""
-        plain = self.model_dump(exclude={"step", "parts"})
+        plain = self.model_dump(exclude={"step", "parts", "precision"})
         terms = {f"loss/{name}": value for name, value in self.parts.items()}
         return {name: float(value) for name, value in {**plain, **terms}.items()}
 

@@ -23,7 +23,7 @@ from cluster.registry import Registry
 from cluster.training_figures import StepFigures, WorkerGroup
 from cluster.training_job import PhaseJob
 from cluster.training_log import RunLog, StepRecord
-from cluster.training_model import prepare_model
+from cluster.training_model import agreed_precision, prepare_model
 from cluster.training_saves import RunSaves
 from cluster.training_step import UnitObjective, UnitOutcome, UnitWork
 from cluster.training_trackers import open_trackers
@@ -53,13 +53,14 @@ class TrainingLoop:
         registry = Registry.open(job.recipe.storage)
         self._model = prepare_model(load_model_ref(registry, job.init), self._phase)
         self._objective = UnitObjective(self._phase)
+        self._precision = agreed_precision(self._phase, self._group)
         self._engine = TrainingEngine(
             self._model,
             self._objective,
             self._phase.optimizer,
             total_steps=self._phase.steps,
             zero_stage=self._phase.zero_stage,
-            precision=self._phase.precision,
+            precision=self._precision,
             gradient_clipping=self._phase.gradient_clipping,
         )
         self._saves = RunSaves(job, self._engine, registry, self._group, attempt)
@@ -129,7 +130,13 @@ class TrainingLoop:
                 labels = self._all_of([label for unit in units for label in unit.labels])
                 return (TrainingError.__name__, f"{error}; its tuples are {', '.join(labels)}")
             now = time.perf_counter()
-            record = figures.record(update, self._epoch(), now - begin, self._group.count)
+            record = figures.record(
+                update,
+                epoch=self._epoch(),
+                seconds=now - begin,
+                workers=self._group.count,
+                precision=self._precision,
+            )
             begin = now
             self._recent.append(record.loss)
             if self._log is not None:

@@ -1,12 +1,16 @@
-"""The model made ready for a training phase."""
+"""The model made ready for a training phase, and the precision it computes in."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from cluster.config import TrainPhase
+from cluster.engine import Precision
+from cluster.training_figures import WorkerGroup
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ConfigError
+from colbert_core.precision import bf16_is_fast
 
 
 def prepare_model(model: ColBERT, phase: TrainPhase) -> ColBERT:
@@ -31,3 +35,16 @@ def prepare_model(model: ColBERT, phase: TrainPhase) -> ColBERT:
         # On a CPU the backward pass of fused attention takes twice as long as the plain one.
         model.backbone.set_attn_implementation("eager")
     return model.train()
+
+
+def agreed_precision(phase: TrainPhase, group: WorkerGroup) -> Precision:
+    """What a phase's ``precision`` means on these workers; collective.
+
+    'auto' is 'autocast' if bf16 products are fast on all of them, so that a group of unlike machines
+    computes alike, and 'fp32' otherwise.
+    """
+    if phase.precision != "auto":
+        return phase.precision
+    device = torch.device("cuda" if phase.gpus_per_worker else "cpu")
+    (slow,) = group.largest([float(not bf16_is_fast(device))])
+    return "fp32" if slow else "autocast"

@@ -21,13 +21,13 @@ from benchmarks.support.search_files import VectorFiles
 from cluster.config import StorageConfig
 from cluster.models import load_model_ref
 from cluster.registry import Registry
-from cluster.scorers.loading import bf16_is_fast
 from cluster.sources import document_text
 from colbert_core.config import ColBERTConfig
 from colbert_core.encoder import ColBERT
 from colbert_core.formats import load_model
 from colbert_core.maxsim import maxsim_matrix
 from colbert_core.pooling import pool_vectors
+from colbert_core.precision import bf16_is_fast
 from colbert_core.pretrained import resolve_base
 from colbert_core.projection import pca_projection
 from colbert_core.vectors import RaggedVectors

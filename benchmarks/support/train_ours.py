@@ -19,7 +19,8 @@ from benchmarks.support.results import versions
 from cluster.config import OptimizerConfig, Recipe, TrainPhase, parse_recipe
 from cluster.engine import TrainingEngine
 from cluster.streams import TrainingTuple, TupleIndex, UnitSchedule, UnitSlot
-from cluster.training_model import prepare_model
+from cluster.training_figures import WorkerGroup
+from cluster.training_model import agreed_precision, prepare_model
 from cluster.training_step import UnitObjective
 from cluster.training_units import TokenisedUnit, UnitSource, tokenise_unit
 from colbert_core.formats import load_model
@@ -141,7 +142,7 @@ class Program:
             phase.optimizer,
             total_steps=phase.steps,
             zero_stage=phase.zero_stage,
-            precision=phase.precision,
+            precision=agreed_precision(phase, WorkerGroup()),
         )
 
     def _run(self, units: list[TokenisedUnit]) -> None:

@@ -76,8 +76,10 @@ class TrainPhase(FrozenModel):
     dropout: float | None = Field(None, ge=0, lt=1, description="overrides the backbone's dropout")
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
-    precision: Literal["fp32", "bf16", "autocast"] = Field(
-        "autocast", description="autocast: fp32 weights, bf16 matrix products"
+    precision: Literal["auto", "fp32", "bf16", "autocast"] = Field(
+        "auto",
+        description="autocast: fp32 weights, bf16 matrix products; "
+        "auto: autocast where every worker has hardware for it, fp32 elsewhere",
     )
     zero_stage: Literal[0, 1, 2, 3] = 1
     gradient_clipping: float = Field(0.0, ge=0, description="0 disables it, as the paper does")

@@ -12,11 +12,12 @@ from transformers import AutoModelForSequenceClassification
 from cluster.config import CrossEncoderScorer as CrossEncoderConfig
 from cluster.scorers.api import Candidates, Scorer, Scores
 from cluster.scorers.encoders import TOKEN_BUDGET, whole_batch
-from cluster.scorers.loading import bf16_is_fast, load_complete
+from cluster.scorers.loading import load_complete
 from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource
 from colbert_core.batching import TokenBudgetBatches
 from colbert_core.errors import ConfigError
+from colbert_core.precision import bf16_is_fast
 
 # Pairs tokenised and sorted by length together.
 _PAIRS = 16_384

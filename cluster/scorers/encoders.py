@@ -18,13 +18,14 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.config import BiEncoderScorer, TokenMaxSimScorer
 from cluster.scorers.api import Candidates, Scorer, Scores, query_texts
-from cluster.scorers.loading import bf16_is_fast, load_complete
+from cluster.scorers.loading import load_complete
 from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource
 from colbert_core.batching import TokenBudgetBatches
 from colbert_core.encoder import ColBERT, Precision
 from colbert_core.exact import Ranking, exact_search
 from colbert_core.maxsim import maxsim_pairs
+from colbert_core.precision import bf16_is_fast
 from colbert_core.pretrained import resolve_base
 from colbert_core.text import TokenBatch
 from colbert_core.vectors import RaggedVectors

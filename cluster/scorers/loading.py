@@ -51,14 +51,6 @@ def load_complete(
     return model.to(device).eval(), tokenizer
 
 
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 products run on hardware made for them; elsewhere they are slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities()
-    return any(bool(found.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
 def _check_positions(model: PreTrainedModel, max_length: int, origin: str) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():

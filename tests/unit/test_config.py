@@ -86,7 +86,7 @@ def test_every_unknown_key_is_named_at_once() -> None:
         ("train.0.steps", 2.5, "train.0.steps: Input should be a valid integer"),
         ("train.0.steps", 0, "train.0.steps: Input should be greater than or equal to 1 (given: 0)"),
         ("train.0.data", "mined", "train.0.data: Input should be a valid tuple (given: 'mined')"),
-        ("train.0.precision", "fp16", "train.0.precision: Input should be 'fp32', 'bf16' or 'autocast'"),
+        ("train.0.precision", "fp16", "Input should be 'auto', 'fp32', 'bf16' or 'autocast'"),
         ("train.0.zero_stage", 4, "train.0.zero_stage: Input should be 0, 1, 2 or 3"),
         ("train.0", 3, "train.0: Input should be a valid dictionary"),
         ("storage", "store", "storage: Input should be a valid dictionary"),
