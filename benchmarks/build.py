@@ -29,6 +29,7 @@ from rich.table import Table
 
 from benchmarks.support.encode_programs import MODES, OURS, lead, precision_of, start
 from benchmarks.support.exported_model import export_model, some_of, write_texts
+from benchmarks.support.precisions import add_precision_option, chosen_precisions
 from benchmarks.support.results import Goal, finish
 from benchmarks.support.search_vectors import Texts, add_set_options, texts_of
 from colbert_core.metrics import evaluate_run
@@ -49,14 +50,16 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=1000, help="so many of the corpus, at random")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    add_precision_option(parser)
     options = parser.parse_args()
     pythons = dict(item.split("=", 1) for item in options.peer_python)
     if unknown := set(pythons) - {PEER}:
         parser.error(f"--peer-python: no peer {', '.join(sorted(unknown))}; there is {PEER}")
+    precisions = chosen_precisions(options)
     rounds, documents = (1, 32) if options.quick else (options.rounds, options.documents)
     torch.set_num_threads(options.threads)
-    turns = [(OURS, precision) for precision in MODES]
-    turns += [(PEER, mode) for modes in MODES.values() for mode in modes if PEER in pythons]
+    turns = [(OURS, precision) for precision in precisions]
+    turns += [(PEER, mode) for each in precisions for mode in MODES[each] if PEER in pythons]
     readings: dict[tuple[str, str], list[dict[str, Any]]] = {turn: [] for turn in turns}
     versions: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as name:
@@ -95,7 +98,7 @@ def main() -> int:
         results={"builds": rows},
         goals=[
             Goal(f"{precision}: {library}'s time / ours", lead(seconds, library, precision), GOAL)
-            for precision in MODES
+            for precision in precisions
             for library in pythons
         ],
         console=console,

@@ -31,6 +31,7 @@ from rich.table import Table
 from benchmarks.support.encode_programs import MODES, OURS, lead, precision_of, ratios, start
 from benchmarks.support.exported_model import export_model, some_of, write_texts
 from benchmarks.support.line_protocol import Peer
+from benchmarks.support.precisions import add_precision_option, chosen_precisions
 from benchmarks.support.results import Goal, finish
 from benchmarks.support.search_vectors import add_set_options, texts_of
 
@@ -50,10 +51,12 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=256, help="so many of the corpus, at random")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    add_precision_option(parser)
     options = parser.parse_args()
     pythons = dict(item.split("=", 1) for item in options.peer_python)
     if unknown := set(pythons) - set(PEERS):
         parser.error(f"--peer-python: no peer {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    precisions = chosen_precisions(options)
     rounds, documents = (1, 24) if options.quick else (options.rounds, options.documents)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as name:
@@ -70,7 +73,7 @@ def main() -> int:
                 )
                 processes[library] = process
             lengths, differences = compare_vectors(processes, folder)
-            readings = measure(processes, rounds)
+            readings = measure(processes, precisions, rounds)
     results = summary(readings, len(texts.documents))
     console.print(table(results, f"{texts.name}, {len(texts.documents)} documents, {model}"))
     for library, difference in differences.items():
@@ -89,7 +92,7 @@ def main() -> int:
         results={"modes": results, "difference_of_vectors": differences},
         goals=[
             Goal(f"{precision}: documents/s over {library}", lead(readings, library, precision), GOAL)
-            for precision in MODES
+            for precision in precisions
             for library in pythons
         ],
         console=console,
@@ -122,11 +125,11 @@ def compare_vectors(processes: Mapping[str, Peer], folder: Path) -> tuple[list[i
     return lengths[OURS], differences
 
 
-def measure(processes: Mapping[str, Peer], rounds: int) -> Readings:
+def measure(processes: Mapping[str, Peer], precisions: Sequence[str], rounds: int) -> Readings:
     """Seconds of each library and mode; one reading before them is not counted."""
     turns = [
         (library, mode)
-        for precision in MODES
+        for precision in precisions
         for library in processes
         for mode in (MODES[precision][:1] if library == OURS else MODES[precision])
     ]

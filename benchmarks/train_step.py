@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.support.line_protocol import Peer
+from benchmarks.support.precisions import add_precision_option, chosen_precisions
 from benchmarks.support.results import Goal, finish
 from benchmarks.support.train_ray import phase_recipe, ray_steps, write_tuples
 from benchmarks.support.training_texts import LENGTHS, Lengths, Texts
@@ -83,6 +84,7 @@ def main() -> int:
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help="repeatable")
     parser.add_argument("--samples", type=int, default=Plan.samples, help="steps measured of each case")
     parser.add_argument("--threads", type=int, default=2)
+    add_precision_option(parser)
     parser.add_argument("--skip-ray", action="store_true", help="only the steps, not the loops")
     options = parser.parse_args()
     plan = QUICK if options.quick else Plan(samples=options.samples)
@@ -91,7 +93,7 @@ def main() -> int:
         parser.error(f"--peer-python: no peer {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
     with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as folder:
         bench = Benchmark(Path(folder), plan, options.data, pythons, options.threads)
-        bench.steps()
+        bench.steps(chosen_precisions(options))
         if plan.loop_steps and not options.skip_ray:
             bench.loops()
         return finish(
@@ -136,9 +138,9 @@ class Benchmark:
 
     # -- steps ------------------------------------------------------------------------------------
 
-    def steps(self) -> None:
+    def steps(self, precisions: Sequence[str]) -> None:
         """Steps of all libraries in turn; then where this project's time goes."""
-        for precision in ("fp32", "bf16"):
+        for precision in precisions:
             with ExitStack() as stack:
                 peers = {name: stack.enter_context(self._peer(name)) for name in (OURS, *self._pythons)}
                 lengths = {"query": QUERY_LENGTH, "document": DOCUMENT_LENGTH}
