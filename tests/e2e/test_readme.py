@@ -77,6 +77,7 @@ def tiny_settings(root: Path) -> dict[str, object]:
         "train.0.steps": 2,
         "train.0.queries_per_step": 8,
         "train.0.micro_batch": 4,
+        "train.0.freeze": "[embeddings.word_embeddings]",
         "train.0.checkpoint": "{every_steps: 1, publish_every_steps: 1}",
         "evaluate.gate.tolerance": 1,
     }
@@ -91,6 +92,7 @@ class World:
             "train.1.steps": 1,
             "train.1.queries_per_step": 8,
             "train.1.micro_batch": 4,
+            "train.1.freeze": "[embeddings.word_embeddings]",
             "average.inputs.0.step": 1,
             "serve.port": 8123,
         }
