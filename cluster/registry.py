@@ -27,6 +27,8 @@ from colbert_core.errors import (
     ArtifactNotFound,
     IntegrityError,
     ObjectNotFound,
+    RaycolbertError,
+    SchemaVersionError,
     StorageError,
     VersionExists,
 )
@@ -94,12 +96,36 @@ class Registry:
             SchemaVersionError: a newer raycolbert wrote it.
             IntegrityError: the manifest is damaged, or describes another version.
         """
-        key = manifest_key(ref)
         try:
-            data = self.store.get(key)
+            return self._manifest(ref)
         except ObjectNotFound:
             raise ArtifactNotFound(self._not_found(ref)) from None
-        manifest = Manifest.from_bytes(data, key)
+
+    def manifests(self, kind: Kind, name: str = "") -> dict[ArtifactRef, Manifest | RaycolbertError]:
+        """The records of all published versions; where one cannot be read, the error that says why.
+
+        Args:
+            kind: of artifacts.
+            name: only of this name; by default of all.
+        """
+        names = [name] if name else self.store.list_folders(f"{kind}/")
+        refs = [ArtifactRef(kind, each, version) for each in names for version in self._folders(kind, each)]
+
+        def read(ref: ArtifactRef) -> Manifest | RaycolbertError | None:
+            try:
+                return self._manifest(ref)
+            except (ObjectNotFound, ArtifactNotFound):
+                return None  # not published yet, or a folder of something else
+            except (IntegrityError, SchemaVersionError) as error:
+                return error
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = zip(refs, pool.map(read, refs), strict=True)
+            return {ref: record for ref, record in found if record is not None}
+
+    def _manifest(self, ref: ArtifactRef) -> Manifest:
+        key = manifest_key(ref)
+        manifest = Manifest.from_bytes(self.store.get(key), key)
         if manifest.ref != ref:
             raise IntegrityError(f"{key}: this is the manifest of {manifest.ref}")
         return manifest
@@ -158,10 +184,14 @@ class Registry:
 
     def versions(self, kind: Kind, name: str) -> list[str]:
         """Published versions, in the order of their names."""
-        folders = [version for version in self.store.list_folders(f"{kind}/{name}/") if version != "aliases"]
+        folders = self._folders(kind, name)
         with ThreadPoolExecutor(_THREADS) as pool:
             there = list(pool.map(lambda v: self.store.exists(f"{kind}/{name}/{v}/manifest.json"), folders))
         return [version for version, found in zip(folders, there, strict=True) if found]
+
+    def _folders(self, kind: Kind, name: str) -> list[str]:
+        """Of versions, published or not."""
+        return [version for version in self.store.list_folders(f"{kind}/{name}/") if version != "aliases"]
 
     def resolve(self, kind: Kind, spec: str) -> ArtifactRef:
         """The version that ``name@version`` or ``name@alias`` stands for now.

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.traceback import Traceback
 
 from cluster.config import Recipe, load_recipe
@@ -75,7 +76,8 @@ def launch(
     except RaycolbertError as error:
         if debug:
             errors.print(Traceback())
-        errors.print(f"[bold red]error:[/] {type(error).__name__}: {error}", highlight=False, soft_wrap=True)
+        message = f"{type(error).__name__}: {escape(str(error))}"
+        errors.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
     if as_json:
         print(report.model_dump_json(indent=2))

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
-from rich.tree import Tree
+from rich.markup import escape
 
 from cluster.config import StorageConfig, load_recipe, refuse_credentials
 from cluster.manifest import KINDS, Alias, Manifest
 from cluster.manifest_diff import diff as difference
-from cluster.registry import ArtifactRef, LineageNode, Parent, Registry, parse_ref
+from cluster.registry import ArtifactRef, Parent, Registry, parse_ref
 from cluster.registry_gc import collect
 from colbert_core.errors import ArtifactNotFound, ConfigError, IntegrityError, RaycolbertError, StorageError
+from jobs.registry_tables import (
+    Listed,
+    changes,
+    console,
+    garbage,
+    history,
+    lineage_tree,
+    listing,
+    plain_lineage,
+    print_json,
+    problems,
+    say,
+    summary,
+    unwrapped,
+    version_tables,
+)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
 errors = Console(stderr=True)
+
+_ROOT, _ENDPOINT = "RAYCOLBERT_ROOT", "RAYCOLBERT_ENDPOINT_URL"
 
 RefArgument = Annotated[
     str, typer.Argument(metavar="REF", help="KIND/NAME@VERSION-or-alias, e.g. models/ja@v1")
@@ -36,10 +50,12 @@ RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", "-r", help="take the storage from this recipe")
 ]
 RootOption = Annotated[
-    str | None, typer.Option("--root", envvar="RAYCOLBERT_ROOT", help="s3://bucket/prefix or a directory")
+    str | None,
+    typer.Option("--root", help=f"s3://bucket/prefix or a directory; without --recipe, ${_ROOT} by default"),
 ]
 EndpointOption = Annotated[
-    str | None, typer.Option("--endpoint-url", envvar="RAYCOLBERT_ENDPOINT_URL", help="S3-compatible server")
+    str | None,
+    typer.Option("--endpoint-url", help=f"S3-compatible server; without --recipe, ${_ENDPOINT} by default"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
@@ -47,19 +63,26 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of 
 @contextmanager
 def _opened(recipe: Path | None, root: str | None, endpoint_url: str | None) -> Iterator[Registry]:
     """The registry that the options name; typed errors end the command with their exit code."""
+    if recipe is None:
+        root, endpoint_url = root or os.environ.get(_ROOT), endpoint_url or os.environ.get(_ENDPOINT)
     try:
         refuse_credentials({"--root": root, "--endpoint-url": endpoint_url})
-        if root is not None:
-            storage = StorageConfig(root=root, endpoint_url=endpoint_url)
-        elif recipe is not None:
+        if recipe is not None and root is not None:
+            raise ConfigError("--root and --recipe both say where; one is enough")
+        if recipe is not None:
             storage = load_recipe(recipe).storage
             if endpoint_url is not None:
                 storage = storage.model_copy(update={"endpoint_url": endpoint_url})
+        elif root:
+            storage = StorageConfig(root=root, endpoint_url=endpoint_url)
         else:
-            raise ConfigError("say where: --root s3://bucket/prefix or DIRECTORY, or --recipe FILE")
+            raise ConfigError(
+                f"say where: --root s3://bucket/prefix or DIRECTORY, ${_ROOT}, or --recipe FILE"
+            )
         yield Registry.open(storage)
     except RaycolbertError as error:
-        errors.print(f"[bold red]error:[/] {type(error).__name__}: {error}", highlight=False, soft_wrap=True)
+        message = f"{type(error).__name__}: {escape(str(error))}"
+        errors.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
 
 
@@ -78,21 +101,22 @@ def list_(
             raise ArtifactNotFound(f"no kind of artifact {kind!r}; there are: {', '.join(KINDS)}")
         rows = []
         for each in [k for k in KINDS if kind in ("", k)]:
-            for found in [name] if name else registry.names(each):
-                pointing = registry.aliases(each, found)
-                for version in registry.versions(each, found):
-                    manifest = registry.manifest(ArtifactRef(each, found, version))
-                    names = sorted(alias for alias, state in pointing.items() if state.version == version)
-                    rows.append((manifest, names))
-        rows.sort(key=lambda row: (row[0].kind, row[0].name, -row[0].created_at.timestamp()))
+            records = registry.manifests(each, name)
+            pointing = {found: registry.aliases(each, found) for found in {ref.name for ref in records}}
+            for ref, record in records.items():
+                states = pointing[ref.name]
+                names = sorted(alias for alias, state in states.items() if state.version == ref.version)
+                rows.append(Listed(ref, record, names))
+        rows.sort(key=lambda row: row.order)
         if as_json:
-            _print_json([{**_summary(manifest), "aliases": names} for manifest, names in rows])
-            return
-        table = Table("artifact", "aliases", "created", "size", "files", title=registry.store.uri)
-        for manifest, names in rows:
-            cells = (decimal(manifest.total_bytes), str(len(manifest.files)))
-            table.add_row(str(manifest.ref), ", ".join(names), _when(manifest), *cells)
-        console.print(table)
+            print_json([row.plain() for row in rows])
+        elif rows:
+            console.print(listing(rows, registry.store.uri))
+        else:
+            say(f"nothing is published{' under ' * bool(pattern)}{pattern} in {registry.store.uri}")
+        unreadable = [row.record for row in rows if not isinstance(row.record, Manifest)]
+        if unreadable:
+            raise IntegrityError("; ".join(map(str, unreadable)))
 
 
 @app.command("show")
@@ -109,25 +133,10 @@ def show(
         aliases = registry.aliases(manifest.kind, manifest.name)
         if as_json:
             states = {name: state.model_dump(mode="json") for name, state in aliases.items()}
-            _print_json({**manifest.model_dump(mode="json"), "aliases": states})
+            print_json({**manifest.model_dump(mode="json"), "aliases": states})
             return
-        table = Table(title=str(manifest.ref), title_justify="left", show_header=False)
-        table.add_row("created", _when(manifest))
-        table.add_row("size", f"{decimal(manifest.total_bytes)} in {len(manifest.files)} files")
-        table.add_row("data", manifest.data_fingerprint or "")
-        for parent in manifest.parents:
-            table.add_row("made from", f"{parent.ref} × {parent.weight:g}")
-        for key, value in manifest.metrics.items():
-            table.add_row(f"metric: {key}", f"{value:.4f}" if isinstance(value, float) else str(value))
-        for library, version in manifest.libraries.items():
-            table.add_row(f"with {library}", version)
-        console.print(table)
-        files = Table("file", "size", "sha256", title="files", title_justify="left")
-        for path, entry in sorted(manifest.files.items()):
-            files.add_row(path, decimal(entry.size), entry.sha256[:16])
-        console.print(files)
-        for state in aliases.values():
-            console.print(_history(state))
+        for table in version_tables(manifest, list(aliases.values())):
+            console.print(table)
 
 
 @app.command("verify")
@@ -142,14 +151,11 @@ def verify(
     with _opened(recipe, root, endpoint_url) as registry:
         found = {str(ref): registry.verify(ref) for ref in (_resolved(registry, text) for text in refs)}
         if as_json:
-            _print_json(found)
+            print_json(found)
         else:
-            table = Table("artifact", "result")
-            for ref, problems in found.items():
-                table.add_row(ref, "\n".join(problems) or "[green]intact[/]")
-            console.print(table)
+            console.print(problems(found))
         if any(found.values()):
-            damaged = ", ".join(ref for ref, problems in found.items() if problems)
+            damaged = ", ".join(ref for ref, wrong in found.items() if wrong)
             raise IntegrityError(f"damaged: {damaged}")
 
 
@@ -165,7 +171,8 @@ def promote(
 ) -> None:
     """Point an alias to a version."""
     with _opened(recipe, root, endpoint_url) as registry:
-        _print_alias(registry.promote(_resolved(registry, ref), alias, expected=expected), as_json)
+        moved = registry.promote(_resolved(registry, ref), alias, expected=expected)
+        _print_alias(moved, as_json)
 
 
 @app.command("rollback")
@@ -194,14 +201,13 @@ def diff(
     """What differs between two versions: files, parents, metrics, recipe, data, libraries."""
     with _opened(recipe, root, endpoint_url) as registry:
         old, new = (registry.manifest(_resolved(registry, text)) for text in (before, after))
-        changes = difference(old, new)
+        found = difference(old, new)
         if as_json:
-            _print_json(changes)
-            return
-        table = Table("section", "key", str(old.ref), str(new.ref))
-        for change in changes:
-            table.add_row(change.section, change.key, *(_cell(v) for v in (change.before, change.after)))
-        console.print(table if changes else f"{old.ref} and {new.ref} have the same content and origin")
+            print_json(found)
+        elif found:
+            console.print(changes(found, old.ref, new.ref))
+        else:
+            say(f"{old.ref} and {new.ref} have the same content and origin")
 
 
 @app.command("lineage")
@@ -216,9 +222,9 @@ def lineage(
     with _opened(recipe, root, endpoint_url) as registry:
         node = registry.lineage(_resolved(registry, ref))
         if as_json:
-            _print_json(_plain(node))
+            print_json(plain_lineage(node))
         else:
-            console.print(_tree(node))
+            unwrapped.print(lineage_tree(node))
 
 
 @app.command("gc")
@@ -240,15 +246,14 @@ def gc(
             dry_run=not delete,
         )
         if as_json:
-            _print_json(found)
+            print_json(found)
             return
-        table = Table("what", "name", "objects", "size", "last written")
-        for item in found.garbage:
-            when = f"{item.modified:%Y-%m-%d %H:%M}" if item.modified else ""
-            table.add_row(item.what, item.name, str(item.objects or ""), decimal(item.size), when)
-        console.print(table)
+        if not found.garbage:
+            say(f"nothing to remove; {_versions(found.kept_versions)} kept")
+            return
+        console.print(garbage(found))
         done = "would be freed; nothing was removed (use --delete)" if found.dry_run else "freed"
-        console.print(f"{decimal(found.size)} {done}; {found.kept_versions} versions kept")
+        say(f"{decimal(found.size)} {done}; {_versions(found.kept_versions)} kept")
 
 
 @app.command("pull")
@@ -272,7 +277,7 @@ def pull(
             if resolved.kind == "models" and (directory / "artifact.metadata").exists() and not only:
                 _tell_what_stanford_lacks(directory)
         if as_json:
-            _print_json({"ref": str(resolved), "directory": str(directory)})
+            print_json({"ref": str(resolved), "directory": str(directory)})
         else:
             print(directory)
 
@@ -304,10 +309,10 @@ def push(
         parents = [Parent(_resolved(registry, text)) for text in parent or ()]
         manifest = registry.publish(parse_ref(ref), directory, parents=parents)
         if as_json:
-            _print_json(_summary(manifest))
+            print_json(summary(manifest))
         else:
             size = decimal(manifest.total_bytes)
-            console.print(f"published {manifest.ref}: {len(manifest.files)} files, {size}")
+            say(f"published {manifest.ref}: {len(manifest.files)} files, {size}")
 
 
 def _resolved(registry: Registry, text: str) -> ArtifactRef:
@@ -315,70 +320,15 @@ def _resolved(registry: Registry, text: str) -> ArtifactRef:
     return registry.resolve(ref.kind, f"{ref.name}@{ref.version}")
 
 
-def _summary(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "ref": str(manifest.ref),
-        "created_at": manifest.created_at.isoformat(),
-        "size": manifest.total_bytes,
-        "files": len(manifest.files),
-        "metrics": manifest.metrics,
-    }
-
-
-def _when(manifest: Manifest) -> str:
-    return f"{manifest.created_at:%Y-%m-%d %H:%M:%S %Z}"
-
-
-def _cell(value: Any) -> str:
-    return "—" if value is None else str(value)
-
-
-def _print_json(content: Any) -> None:
-    def plain(value: BaseModel) -> Any:
-        return value.model_dump(mode="json")
-
-    print(json.dumps(content, indent=2, ensure_ascii=False, default=plain))
-
-
 def _print_alias(alias: Alias, as_json: bool) -> None:
     if as_json:
-        _print_json(alias)
+        print_json(alias)
     else:
-        console.print(_history(alias))
+        console.print(history(alias))
 
 
-def _history(alias: Alias) -> Table:
-    table = Table("when", "action", "version", "before", "by")
-    table.title, table.title_justify = f"alias {alias.name}@{alias.alias} → {alias.version}", "left"
-    for move in reversed(alias.history):
-        table.add_row(
-            f"{move.at:%Y-%m-%d %H:%M:%S %Z}", move.action, move.version, _cell(move.previous), move.by
-        )
-    return table
-
-
-def _plain(node: LineageNode) -> dict[str, Any]:
-    return {
-        "ref": str(node.ref),
-        "weight": node.weight,
-        "exists": node.manifest is not None,
-        "metrics": node.manifest.metrics if node.manifest else {},
-        "parents": [_plain(parent) for parent in node.parents],
-    }
-
-
-def _tree(node: LineageNode, tree: Tree | None = None) -> Tree:
-    """The artifact with its parents as branches, their weight where it is not 1."""
-    label = f"[bold]{node.ref}[/]" + (f" × {node.weight:g}" if node.weight != 1.0 else "")
-    if node.manifest is None:
-        label += " [red]no longer there[/]"
-    else:
-        figures = ", ".join(f"{k} {v:.4g}" for k, v in node.manifest.metrics.items() if isinstance(v, float))
-        label += f" [dim]{_when(node.manifest)}[/] {figures}"
-    branch = Tree(label) if tree is None else tree.add(label)
-    for parent in node.parents:
-        _tree(parent, branch)
-    return branch
+def _versions(count: int) -> str:
+    return f"{count} version{'s' * (count != 1)}"
 
 
 def _copied(source: Path, target: Path) -> Path:

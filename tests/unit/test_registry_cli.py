@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.filesize import decimal
 from typer.testing import CliRunner, Result
 
 from cluster.config import StorageConfig
@@ -70,6 +71,61 @@ def test_list(run: Run) -> None:
     assert "models, data, indexes" in run("list", "weights", status=2).stderr
 
 
+def test_a_name_is_never_cut(
+    run: Run, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    version = "0f3c9a7be21d4c55-distilled-step-00002000-of-a-long-name"
+    long = ref(version, name="quickstart-student-of-a-teacher")
+    registry.publish(long, tmp_path / "source", parents=[Parent(ref("v1"))])
+    registry.promote(long, "production")
+    for command in (
+        ["list"],
+        ["show", str(long)],
+        ["diff", "models/ja@v1", str(long)],
+        ["gc", "--days", "0"],
+    ):
+        printed = run(*command).stdout
+        assert "…" not in printed, printed
+    columns = [re.split("[│┃]", line)[1].strip() for line in run("list").stdout.splitlines() if "│" in line]
+    assert str(long) in "".join(columns)
+    assert str(long) in run("lineage", str(long)).stdout.splitlines()[0]
+    pushed = run("push", str(tmp_path / "source"), f"{long}-again").stdout
+    assert pushed.splitlines() == [
+        f"published {long}-again: 3 files, {decimal(sum(map(len, FILES.values())))}"
+    ]
+
+
+def test_brackets_are_no_markup(run: Run, tmp_path: Path) -> None:
+    """A file of this name, in a table and in an error."""
+    run("push", str(write(tmp_path / "odd", {"[red]w[1].bin": b"x"})), "models/odd@v1")
+    assert "[red]w[1].bin" in run("show", "models/odd@v1").stdout
+    assert "'[/]w'" in run("pull", "models/odd@v1", "--only", "[/]w", status=2).stderr
+
+
+def test_where_nothing_is(tmp_path: Path) -> None:
+    empty = ["--root", str(tmp_path / "nothing")]
+    for pattern in ([], ["models/ja"]):
+        result = CliRunner().invoke(app, ["list", *pattern, *empty])
+        where = f" under {pattern[0]}" if pattern else ""
+        assert (result.exit_code, result.stdout) == (0, f"nothing is published{where} in {empty[1]}\n")
+    assert plain(CliRunner().invoke(app, ["list", "--json", *empty])) == []
+    assert CliRunner().invoke(app, ["gc", *empty]).stdout == "nothing to remove; 0 versions kept\n"
+
+
+def test_list_shows_the_rest_of_what_cannot_be_read(run: Run, registry: Registry) -> None:
+    registry.store.put("models/ja/v1/manifest.json", b"{}")
+    result = run("list", status=2)
+    assert "models/ja@v2" in result.stdout
+    assert "unreadable" in result.stdout
+    assert "models/ja/v1/manifest.json" in result.stderr
+    found = plain(run("list", "models", "--json", status=2))
+    assert [(row["ref"], "problem" in row) for row in found] == [
+        ("models/ja@v1", True),
+        ("models/ja@v2", False),
+    ]
+
+
 def test_show(run: Run) -> None:
     table = run("show", "models/ja@production").stdout
     for text in ("models/ja@v2", "model.bin", "nDCG@10", "0.5000", "models/ja@v1 × 0.5", "second"):
@@ -96,7 +152,7 @@ def test_promote_and_rollback(run: Run, registry: Registry) -> None:
     )
     moved = plain(run("promote", "models/ja@v1", "production", "--expected", "v2", "--json"))
     assert (moved["version"], len(moved["history"])) == ("v1", 3)
-    assert "alias ja@production → v2" in run("rollback", "models/ja@production").stdout
+    assert "alias models/ja@production → v2" in run("rollback", "models/ja@production").stdout
     assert registry.resolve("models", "ja@production") == ref("v2")
     assert "does not exist" in run("rollback", "models/ja@staging", status=2).stderr
 
@@ -224,3 +280,8 @@ def test_the_storage_may_come_from_a_recipe(registry: Registry, tmp_path: Path) 
     result = CliRunner().invoke(app, ["list"])
     assert result.exit_code == 2
     assert "say where: --root" in result.stderr
+    elsewhere = {"RAYCOLBERT_ROOT": str(tmp_path / "elsewhere"), "RAYCOLBERT_ENDPOINT_URL": "http://nowhere"}
+    result = CliRunner().invoke(app, ["list", "--json", "--recipe", str(recipe)], env=elsewhere)
+    assert len(plain(result)) == 3
+    result = CliRunner().invoke(app, ["list", "--root", "here", "--recipe", str(recipe)])
+    assert (result.exit_code, "both say where" in result.stderr) == (2, True)
