@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 
 from colbert_core.errors import NonFiniteError
+from colbert_core.mean_kernels import add_to_sums, begin_sums, finish_means
 from colbert_core.model_files import RangedFile, read_range, refuse_differences
 from colbert_core.tensor_files import TensorPlace, TensorSpec, tensor_places
 
@@ -24,7 +25,7 @@ BLOCK_BYTES = 8 << 20
 """What is read at once. Published files have a digest for each block of this size (cluster/manifest.py)."""
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_ELEMENTS_AT_ONCE = 1 << 15  # sums and terms of a step stay in the processor's cache
+_ELEMENTS_AT_ONCE = 1 << 15  # of half precision, so that what they become stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class MeanPlan:
         """
         units = self.units[first:last]
         order = [(unit, number) for unit in units for number in range(len(self.files))]
-        largest = max((self._floats(unit) for unit in units), default=0)
-        total = np.empty(largest if len(self.files) > 1 else 0)
+        # What is added to -0.0 stays as it is: the sums that the mean of one file begins with.
+        total = np.full(max((self._floats(unit) for unit in units), default=0), -0.0)
         kept: dict[Span, bytes] = {}
         for (unit, number), data in self._fetched(order, ahead):
             place = begin = 0
@@ -130,11 +131,10 @@ class MeanPlan:
                 if where.spec.dtype in _FLOATS:
                     end = begin + span.end - span.begin
                     values = np.frombuffer(raw, _FLOATS[where.spec.dtype])
-                    sums = total[begin:end] if len(self.files) > 1 else None
                     if number < len(self.files) - 1:
                         _add(values, self.weights[number], total[begin:end], number == 0)
                     else:
-                        yield self._piece(span, _mean(values, self.weights, sums), len(raw))
+                        yield self._piece(span, _mean(values, self.weights, total[begin:end]), len(raw))
                     begin = end
                     continue
                 if number == 0:
@@ -195,7 +195,8 @@ class MeanPlan:
     def _is_finite(self, number: int, span: Span) -> bool:
         raw = self._read([span], number, bytearray(self.nbytes([span])))
         dtype = self.places[number][span.name].spec.dtype
-        return bool(np.isfinite(_values(np.frombuffer(raw, _FLOATS[dtype]))).all())
+        parts = _numbers(np.frombuffer(raw, _FLOATS[dtype]))
+        return all(bool(np.isfinite(values).all()) for _, values in parts)
 
 
 def _shape(spec: TensorSpec) -> str:
@@ -245,49 +246,37 @@ def _runs(places: Mapping[str, TensorPlace], unit: Sequence[Span]) -> Iterator[t
         yield run
 
 
-def _values(stored: np.ndarray) -> np.ndarray:
-    """Stored elements as numbers; bf16, which numpy lacks, are the upper halves of fp32."""
-    return (stored.astype(np.uint32) << 16).view(np.float32) if stored.dtype == np.uint16 else stored
-
-
-def _terms(stored: np.ndarray, weight: float) -> Iterator[tuple[slice, np.ndarray]]:
-    """Weighted values in float64, some at a time; the array is the same each time."""
-    room = np.empty(min(len(stored), _ELEMENTS_AT_ONCE))
+def _numbers(stored: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Stored elements as fp32 or fp64; of half precision, some at a time."""
+    if stored.dtype.itemsize > 2:
+        yield slice(len(stored)), stored
+        return
     for begin in range(0, len(stored), _ELEMENTS_AT_ONCE):
-        place = slice(begin, min(len(stored), begin + _ELEMENTS_AT_ONCE))
-        term = room[: place.stop - begin]
-        np.copyto(term, _values(stored[place]))
-        if weight != 1.0:
-            np.multiply(term, weight, out=term)
-        yield place, term
+        part = stored[begin : begin + _ELEMENTS_AT_ONCE]
+        # bf16, which numpy lacks, are the upper halves of fp32.
+        wide = (
+            (part.astype(np.uint32) << 16).view(np.float32) if part.dtype == np.uint16 else part.astype("f4")
+        )
+        yield slice(begin, begin + len(part)), wide
 
 
 def _add(stored: np.ndarray, weight: float, total: np.ndarray, first: bool) -> None:
     """Adds weighted values to the sums in float64, or begins the sums with them."""
-    for place, term in _terms(stored, weight):
+    for place, values in _numbers(stored):
         if first:
-            total[place] = term
+            begin_sums(values, weight, total[place])
         else:
-            np.add(total[place], term, out=total[place])
+            add_to_sums(values, weight, total[place])
 
 
-def _mean(stored: np.ndarray, weights: Sequence[float], total: np.ndarray | None) -> np.ndarray | None:
-    """Adds the last input to the sums of the others, if there are any, and divides.
+def _mean(stored: np.ndarray, weights: Sequence[float], total: np.ndarray) -> np.ndarray | None:
+    """Adds the last input to the sums of the others and divides.
 
     Returns:
         The mean in fp32, None if it is not finite.
     """
-    # A division takes four times as long, and what the reciprocal is off is far below an ulp of fp32.
+    # A division takes longer, and what the reciprocal is off is far below an ulp of fp32.
     mean, share = np.empty(len(stored), "<f4"), 1.0 / math.fsum(weights)
-    for place, term in _terms(stored, weights[-1]):
-        if total is not None:
-            np.add(total[place], term, out=term)
-        np.multiply(term, share, out=term)
-        part = mean[place]
-        with np.errstate(over="ignore", invalid="ignore"):  # found below
-            np.copyto(part, term, casting="same_kind")
-            # What is not finite makes the sum so; where that comes of large numbers, they are looked at.
-            finite = math.isfinite(float(part.sum())) or np.isfinite(part).all()
-        if not finite:
-            return None
-    return mean
+    parts = _numbers(stored)
+    finite = [finish_means(values, weights[-1], total[place], share, mean[place]) for place, values in parts]
+    return mean if all(finite) else None
