@@ -58,8 +58,8 @@ def check_ref(ref: ArtifactRef) -> ArtifactRef:
     """
     if ref.kind not in KINDS:
         raise ArtifactNotFound(f"no kind of artifact {ref.kind!r}; there are: {', '.join(KINDS)}")
-    for what, text in (("name", ref.name), ("version", ref.version)):
-        if not _NAME.fullmatch(text) or (what == "version" and text == "aliases"):
+    for what, text in (("name", ref.name), ("version or alias", ref.version)):
+        if not _NAME.fullmatch(text) or (what != "name" and text == "aliases"):
             raise ArtifactNotFound(
                 f"{text!r} cannot be the {what} of an artifact: letters, digits, '.', '_' and '-', starting "
                 "with a letter or digit, at most 200 characters, and not 'aliases'"
@@ -274,13 +274,17 @@ class Alias(FrozenModel):
         return ArtifactRef(self.kind, self.name, self.version)
 
     def earlier(self) -> str | None:
-        """The version before the present one, rollbacks taken off; None when there is none."""
+        """The version before the present one, rollbacks taken off; None when there is none.
+
+        Promoting the present version again is no step: a rollback leads to another version.
+        """
         stack: list[str] = []
         for movement in self.history:
-            if movement.action == "promote":
+            if movement.action == "rollback":
+                while stack and stack[-1] != movement.version:
+                    stack.pop()
+            elif stack[-1:] != [movement.version]:
                 stack.append(movement.version)
-            elif stack:
-                stack.pop()
         return stack[-2] if len(stack) > 1 else None
 
     def to_bytes(self) -> bytes:

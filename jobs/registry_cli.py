@@ -308,6 +308,9 @@ def push(
     with _opened(recipe, root, endpoint_url) as registry:
         parents = [Parent(_resolved(registry, text)) for text in parent or ()]
         manifest = registry.publish(parse_ref(ref), directory, parents=parents)
+        if manifest.kind == "models" and not any(path.endswith(".safetensors") for path in manifest.files):
+            warning = f"[yellow]{manifest.ref} holds no .safetensors:[/] no job can load it as a model"
+            errors.print(warning, highlight=False, soft_wrap=True)
         if as_json:
             print_json(summary(manifest))
         else:

@@ -211,7 +211,7 @@ class RegistryContract:
 
     @pytest.mark.parametrize("version", ["", "a/b", "..", "aliases", ".hidden", "a b", "x" * 201])
     def test_bad_names_are_refused(self, registry: Registry, source: Path, version: str) -> None:
-        with pytest.raises(ArtifactNotFound, match="cannot be the version"):
+        with pytest.raises(ArtifactNotFound, match="cannot be the version or alias"):
             registry.publish(ref(version), source)
         with pytest.raises(ArtifactNotFound, match="cannot be the name"):
             registry.publish(ref(name=version if version != "aliases" else "a\\b"), source)
@@ -473,6 +473,19 @@ class RegistryContract:
         ]
         with pytest.raises(ArtifactNotFound, match="does not exist"):
             registry.rollback("models", "ja", "staging")
+
+    def test_promoting_again_is_no_step_of_a_rollback(self, registry: Registry, source: Path) -> None:
+        for version in ("v1", "v2"):
+            registry.publish(ref(version), source)
+        for version in ("v1", "v2", "v2"):
+            registry.promote(ref(version), "production")
+        month = datetime.now(timezone.utc) + timedelta(days=31)
+        assert collect(registry, now=month).garbage == [], "a rollback needs v1"
+        assert registry.rollback("models", "ja", "production").version == "v1"
+        with pytest.raises(ArtifactNotFound, match="no version before v1"):
+            registry.rollback("models", "ja", "production")
+        registry.promote(ref("v2"), "production")
+        assert registry.rollback("models", "ja", "production").version == "v1"
 
     def test_promotion_conditions(self, registry: Registry, source: Path) -> None:
         registry.publish(ref("v1"), source / "deep")

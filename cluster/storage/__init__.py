@@ -21,7 +21,7 @@ def open_store(config: StorageConfig) -> ObjectStore:
         config: ``root`` is ``s3://bucket/prefix``, ``file:///directory`` or a directory.
 
     Raises:
-        ConfigError: ``root`` is empty, has another scheme, or names no bucket.
+        ConfigError: ``root`` is empty, has another scheme, or names no bucket or a file.
     """
     root = config.root.strip()
     scheme, separator, rest = root.partition("://")

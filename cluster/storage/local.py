@@ -25,17 +25,23 @@ from pyarrow.fs import FileSystem, LocalFileSystem
 
 from cluster.config import StorageConfig
 from cluster.storage.api import RESERVED, ObjectInfo, ObjectStore, check_key, check_prefix, check_range
-from colbert_core.errors import ObjectNotFound, PreconditionFailed, StorageError
+from colbert_core.errors import ConfigError, ObjectNotFound, PreconditionFailed, StorageError
 
 _TRIES = 8
 
 
 class LocalStore(ObjectStore):
-    """Objects as plain files under a directory, which is made at the first write."""
+    """Objects as plain files under a directory, which is made at the first write.
+
+    Raises:
+        ConfigError: there is something else than a directory.
+    """
 
     def __init__(self, config: StorageConfig, root: str) -> None:
         super().__init__(config)
         self.root = Path(root).expanduser().absolute()
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"storage.root {self.root}: a file, not a directory")
 
     @property
     def uri(self) -> str:

@@ -262,6 +262,9 @@ def test_push_and_pull(run: Run, tmp_path: Path) -> None:
     (copy / "model.bin").write_bytes(b"a copy may be changed")
     assert contents(cached) == FILES
     assert "exists already" in run("pull", "models/ja@v3", "--to", str(copy), status=2).stderr
+    assert "holds no .safetensors" in run("push", source, "models/ja@v5").stderr
+    weights = str(write(tmp_path / "weights", {"model.safetensors": b"x"}))
+    assert run("push", weights, "models/ja@v6").stderr == run("push", source, "data/ja@v1").stderr == ""
     part = tmp_path / "part"
     run("pull", "models/ja@v3", "--only", "config.json", "--to", str(part))
     assert os.listdir(part) == ["config.json"]  # noqa: PTH208

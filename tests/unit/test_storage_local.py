@@ -36,6 +36,12 @@ def test_roots(tmp_path: Path) -> None:
             open_store(StorageConfig(root=root))
 
 
+def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"{tmp_path}/file: a file, not a directory"):
+        open_store(StorageConfig(root=str(tmp_path / "file")))
+
+
 def test_reading_makes_no_directory(store: LocalStore) -> None:
     assert list(store.list()) == []
     assert not store.exists("a")
