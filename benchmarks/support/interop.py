@@ -106,6 +106,9 @@ def compare(name: str, python: str, backbone: str | Path, pairs: Pairs, dim: int
         pairs: what is scored.
         dim: of the projection.
         folder: for models; it must exist.
+
+    Raises:
+        PeerError: the library cannot be imported there.
     """
     environment = {"RAYCOLBERT_PEER": name, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["OMP_NUM_THREADS"] = "1"
@@ -115,6 +118,7 @@ def compare(name: str, python: str, backbone: str | Path, pairs: Pairs, dim: int
         tempfile.TemporaryDirectory(dir=folder) as work,
         Peer(name, python, "benchmarks.support.interop_peers", environment) as peer,
     ):
+        versions = peer.call("versions")  # of a library that is not there, this says why
         listed = Path(work) / "pairs.json"
         listed.write_text(json.dumps(list(pairs)), encoding="utf-8")
         export(backbone, Path(work) / "ours", dim, name)
@@ -138,5 +142,4 @@ def compare(name: str, python: str, backbone: str | Path, pairs: Pairs, dim: int
             except (PeerError, RaycolbertError) as error:
                 found[step] = None
                 reasons[step] = str(error).strip().splitlines()[-1][:300]
-        versions = peer.call("versions")
     return Agreement(**found, versions=versions, reasons=reasons)

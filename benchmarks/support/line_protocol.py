@@ -10,13 +10,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+_LAST_BYTES = 2000
 
 
 class PeerError(RuntimeError):
@@ -35,13 +38,14 @@ class Peer:
 
     def __init__(self, name: str, python: str, module: str, environment: Mapping[str, str]) -> None:
         self.name = name
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the peer
         self._process = subprocess.Popen(
             [python, "-m", module],
             cwd=ROOT,
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._said,
             text=True,
         )
 
@@ -63,26 +67,36 @@ class Peer:
         try:
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
             self._process.stdin.flush()
+            line = self._process.stdout.readline()
         except BrokenPipeError:
-            raise PeerError(f"{self.name} is not running any more") from None
-        line = self._process.stdout.readline()
+            line = ""
         if not line:
-            raise PeerError(f"{self.name} died in {command!r} with status {self._process.wait()}")
+            status = self._process.wait()
+            raise PeerError(f"{self.name} died in {command!r} with status {status}{self._last_words()}")
         answer = json.loads(line)
         if "error" in answer:
             raise PeerError(f"{self.name}: {command!r} failed:\n{answer['error']}")
         return answer["result"]
 
+    def _last_words(self) -> str:
+        """The end of what it and its libraries printed, from a new line on."""
+        size = self._said.seek(0, os.SEEK_END)
+        self._said.seek(max(0, size - _LAST_BYTES))
+        text = self._said.read().decode("utf-8", "replace").strip()
+        return f":\n{text}" if text else ""
+
     def close(self) -> None:
         """Ends the process."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # what a peer that has died was not told
+                    pipe.close()
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._said.close()
 
 
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:

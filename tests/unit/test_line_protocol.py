@@ -42,8 +42,20 @@ def test_an_error_there_is_an_error_here_and_the_peer_goes_on(peer: Peer) -> Non
 
 
 def test_a_death_is_told(peer: Peer) -> None:
-    with peer, pytest.raises(PeerError, match="calculator died in 'leave' with status 3"):
-        peer.call("leave", status=3)
+    with peer:
+        assert peer.call("add", left=2, right=2) == 4
+        for command in ("leave", "add"):
+            with pytest.raises(
+                PeerError, match=f"(?s)calculator died in '{command}' with status 3:.*that talks"
+            ):
+                peer.call(command, status=3)
+
+
+def test_what_cannot_begin_says_why() -> None:
+    reason = r"(?s)nobody died in 'add' .*No module named tests\.no_such_module"
+    nobody = Peer("nobody", sys.executable, "tests.no_such_module", {})
+    with nobody as peer, pytest.raises(PeerError, match=reason):
+        peer.call("add", left="x" * 100_000)
 
 
 if __name__ == "__main__":
