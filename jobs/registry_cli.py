@@ -289,7 +289,7 @@ def _tell_what_stanford_lacks(model: Path) -> None:
     from colbert_core.formats_stanford import stanford_differences
 
     for reason in stanford_differences(load_model(model)):
-        errors.print(f"[yellow]Stanford's ColBERT will not score as this model does:[/] {reason}")
+        errors.print(f"[yellow]Stanford's ColBERT will not score as this model does:[/] {escape(reason)}")
 
 
 @app.command("push")

@@ -360,6 +360,23 @@ class RegistryContract:
             registry.store.put(key, data)
         assert contents(registry.pull(ref())) == FILES
 
+    def test_listing_tells_of_records_that_cannot_be_read(self, registry: Registry, source: Path) -> None:
+        for version in ("v1", "v2", "v3"):
+            registry.publish(ref(version), source)
+        registry.publish(ref("v1", name="other"), source)
+        registry.staging(ref("unfinished")).upload("a", source / "config.json")
+        newer = unseal(registry.store.get("models/ja/v3/manifest.json"), "") | {"schema_version": 2}
+        registry.store.put("models/ja/v3/manifest.json", seal(newer))
+        flip(registry, "models/ja/v2/manifest.json")
+        registry.store.put("models/ja/.hidden/manifest.json", b"{}")
+        found = registry.manifests("models", "ja")
+        assert [str(each) for each in found] == ["models/ja@v1", "models/ja@v2", "models/ja@v3"]
+        assert found[ref("v1")] == registry.manifest(ref("v1"))
+        assert isinstance(found[ref("v2")], IntegrityError)
+        assert isinstance(found[ref("v3")], SchemaVersionError)
+        assert registry.manifests("models").keys() == found.keys() | {ref("v1", name="other")}
+        assert registry.manifests("indexes") == registry.manifests("models", "nobody") == {}
+
     def test_a_manifest_of_another_version_is_refused(self, registry: Registry, source: Path) -> None:
         registry.publish(ref("v1"), source)
         registry.store.put("models/ja/v2/manifest.json", registry.store.get("models/ja/v1/manifest.json"))
