@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from pyarrow.fs import FileSystem
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
@@ -156,6 +157,9 @@ def _fit(job: PhaseJob, registry: Registry, callbacks: Sequence[UserCallback]) -
             callbacks=list(callbacks),
         ),
     )
+    # Ray Data keeps one coordinator for the cluster, bound to the node of who asked for it first. On a
+    # worker's node it would end with that node, and readers started meanwhile would wait for it for ever.
+    get_or_create_autoscaling_coordinator()
     release_freed_memory()  # this process only waits now, and the workers may run beside it
     interrupt = signal.getsignal(signal.SIGINT)
     try:

@@ -27,7 +27,7 @@ from tests.tiny_training import (
     training_recipe,
 )
 
-STEPS = 160
+STEPS = 120
 EVERY = 20
 PHASE: dict[str, Any] = {
     "steps": STEPS,
@@ -101,6 +101,10 @@ def test_a_killed_raylet_changes_nothing(undisturbed: Finished, nodes: Cluster, 
     with When(lambda: step in checkpoints.steps(), kill_raylet_of_a_worker) as killer:
         result = train_phase(recipe, "p", registry)
     assert killer.done
+    # What Ray Data coordinates its readers with must not have been on a node that may die.
+    coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+    where = coordinator.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+    assert ray.get(where) == ray.get_runtime_context().get_node_id()
     attempts = {item.key.split("/")[3] for item in registry.store.list(f"{checkpoints.prefix}tensorboard/")}
     assert len(attempts) == 2
     expected = undisturbed.result.records
