@@ -13,6 +13,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from cluster.artifacts import base_ref
 from cluster.checkpoints import RunCheckpoints
 from cluster.config import Recipe
 from cluster.registry import Registry
@@ -29,11 +30,13 @@ from tests.tiny_training import (
 
 STEPS = 120
 EVERY = 20
+TOLERANCE = 1e-5
 PHASE: dict[str, Any] = {
     "steps": STEPS,
     "queries_per_step": 16,
-    # Maxima jump where rounding differs; with small steps the jumps stay small.
-    "optimizer": {"lr": 1e-5, "warmup_steps": 5, "weight_decay": 0.01},
+    # Maxima jump where rounding differs. With small steps a jump stays below the tolerance, and all of them
+    # together go far beyond it.
+    "optimizer": {"lr": 2e-6, "warmup_steps": 5, "weight_decay": 0.01},
     "checkpoint": {"every_steps": EVERY, "keep_last": 9},
 }
 # A dead raylet refuses connections, which is noticed within seconds instead of half a minute.
@@ -135,4 +138,6 @@ def test_an_elastic_run_outlives_a_raylet(undisturbed: Finished, s3_server: S3Se
     wanted = published_weights(undisturbed.registry, undisturbed.result.ref)
     # A key bias has no gradient but rounding, which the optimiser scales up; it changes no output.
     names = [key for key in found if "key.bias" not in key]
-    assert furthest({k: found[k] for k in names}, {k: wanted[k] for k in names}) <= 1e-5
+    assert furthest({k: found[k] for k in names}, {k: wanted[k] for k in names}) <= TOLERANCE
+    begun = published_weights(registry, base_ref(recipe))
+    assert furthest({k: found[k] for k in names}, {k: begun[k] for k in names}) > 10 * TOLERANCE
