@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import faiss
@@ -17,7 +18,12 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
-from colbert_core.index.integer_product import MAX_MAGNITUDE, integer_product
+from colbert_core.index.integer_product import (
+    MAX_MAGNITUDE,
+    integer_product,
+    right_operand,
+    tiles_are_faster,
+)
 from colbert_core.index.kernels import quantize_rows
 
 FLAT_CENTROIDS = 256  # up to here one level is cheap enough
@@ -92,6 +98,8 @@ class Assigner:
         self.half_squares = (lengths / 2).astype(np.float32)
         # No dot product of a vector and a centroid exceeds this times the vector's scale.
         self._reach = np.float32(MAX_MAGNITUDE * math.sqrt(quantized.shape[1] * lengths.max()))
+        starts = range(0, len(quantized), COLUMNS)
+        self._blocks = [(first, right_operand(quantized[first : first + COLUMNS])) for first in starts]
 
     def nearest(self, vectors: NDArray[np.float32]) -> NDArray[np.uint32]:
         """Numbers ``[n]`` of the nearest centroids of float32 ``[n, width]``; ties to the lowest."""
@@ -105,22 +113,26 @@ class Assigner:
         scales *= self.scale * units
         nearest = np.zeros(n, dtype=np.uint32)
         best = np.full(n, np.iinfo(np.int32).min, dtype=np.int32)
-        buffer = np.empty(ROWS * COLUMNS, dtype=np.int32)
-        for start in range(0, n, ROWS):
-            stop = min(start + ROWS, n)
-            for first in range(0, len(self.quantized), COLUMNS):
-                block = self.quantized[first : first + COLUMNS]
-                product = buffer[: (stop - start) * len(block)].reshape(stop - start, len(block))
-                integer_product(rounded[start:stop], block, product)
+
+        def assign(start: int) -> None:
+            part = slice(start, min(start + ROWS, n))
+            buffer = np.empty((part.stop - start) * COLUMNS, dtype=np.int32)
+            for first, block in self._blocks:
+                columns = len(block.rows)
+                product = buffer[: (part.stop - start) * columns].reshape(part.stop - start, columns)
+                integer_product(rounded[part], block, product)
+                half_squares = self.half_squares[first : first + columns]
                 _keep_nearest(
-                    product,
-                    scales[start:stop],
-                    units[start:stop],
-                    self.half_squares[first : first + COLUMNS],
-                    first,
-                    best[start:stop],
-                    nearest[start:stop],
+                    product, scales[part], units[part], half_squares, first, best[part], nearest[part]
                 )
+
+        starts = range(0, n, ROWS)
+        if tiles_are_faster():
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(assign, starts))
+        else:  # torch's products have threads of their own
+            for start in starts:
+                assign(start)
         return nearest
 
 

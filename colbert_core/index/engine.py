@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colbert_core.index.codec import Codec
-from colbert_core.index.integer_product import integer_product
+from colbert_core.index.integer_product import integer_product, tiles_are_faster
+from colbert_core.index.integer_tiles import ROWS, interleaved, steps_per_carry
 from colbert_core.index.kernels import (
     best_similarities,
     decode_residuals,
@@ -25,6 +26,7 @@ from colbert_core.index.kernels import (
 )
 from colbert_core.index.query import Query, QueryBuffers, QueryTables, Run
 from colbert_core.index.shard import Shard
+from colbert_core.index.tile_kernels import score_documents
 
 TOKENS = 2048  # tokens scored at a time: levels and products stay in the cache
 _LAST_STAMP = (1 << 31) - 1
@@ -115,7 +117,42 @@ class CpuEngine:
 
     def score(self, shard: int, tables: QueryTables, documents: NDArray[np.int32]) -> NDArray[np.float32]:
         """Scores float32 ``[n]`` of documents from their residuals."""
-        opened, codec = self._shards[shard], self._codec
+        by = self._score_by_tiles if tiles_are_faster() else self._score_by_products
+        return by(self._shards[shard], tables, documents)
+
+    def _score_by_tiles(
+        self, opened: Shard, tables: QueryTables, documents: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """Products stay in registers until the best of a document are known."""
+        codec, query = self._codec, tables.query
+        kind = np.int16 if codec.bits == 8 else np.int8
+        levels = (1 << codec.bits) - 1
+        scores = np.empty(len(documents), dtype=np.float32)
+        score_documents(
+            documents,
+            opened.offsets,
+            opened.codes,
+            opened.residuals,
+            opened.scales,
+            codec.bits,
+            np.empty((ROWS, codec.width), dtype=np.int16 if codec.bits == 8 else np.uint8),
+            interleaved(query.quantized, kind),
+            steps_per_carry(codec.bits) if codec.bits < 8 else 0,
+            levels * query.quantized.sum(axis=1, dtype=np.int32),
+            tables.scores,
+            self._centroid_factors,
+            codec.length_factors,
+            codec.residual_factors,
+            query.scales[: query.length],
+            scores,
+        )
+        return scores
+
+    def _score_by_products(
+        self, opened: Shard, tables: QueryTables, documents: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """Decodes and multiplies some tokens at a time."""
+        codec = self._codec
         lanes = len(tables.query.quantized)
         if getattr(self._local, "lanes", 0) < lanes:
             self._local.lanes = lanes

@@ -7,18 +7,40 @@ is what makes N shards answer as one does, bit for bit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from colbert_core.index.integer_tiles import LANES, has_tiles, interleaved
+from colbert_core.index.tile_kernels import tile_products
+
 MAX_MAGNITUDE = 127
 _EXACT_IN_FLOAT32 = (1 << 24) // MAX_MAGNITUDE**2  # widest rows whose dot products a float32 holds exactly
 
 
+@dataclass(frozen=True)
+class RightOperand:
+    """The right matrix of a product, prepared once for many of them.
+
+    Attributes:
+        rows: int8 ``[n, width]``, values within ±127.
+        words: the same for tiles, where they compute the products.
+    """
+
+    rows: NDArray[np.int8]
+    words: NDArray[np.int16] | None
+
+
+def right_operand(rows: NDArray[np.int8]) -> RightOperand:
+    """Prepares int8 ``[n, width]``, values within ±127."""
+    return RightOperand(rows, interleaved(rows, np.int16) if tiles_are_faster() else None)
+
+
 def integer_product(
-    left: NDArray[np.int8], right: NDArray[np.int8], out: NDArray[np.int32] | None = None
+    left: NDArray[np.int8], right: NDArray[np.int8] | RightOperand, out: NDArray[np.int32] | None = None
 ) -> NDArray[np.int32]:
     """``left @ right.T`` in 32-bit integers.
 
@@ -30,17 +52,31 @@ def integer_product(
     Returns:
         int32 ``[m, n]``, exact on every processor.
     """
+    operand = right if isinstance(right, RightOperand) else right_operand(right)
+    rows, words = operand.rows, operand.words
     if out is None:
-        out = np.empty((left.shape[0], right.shape[0]), dtype=np.int32)
-    if left.shape[0] == 0 or right.shape[0] == 0:
+        out = np.empty((left.shape[0], rows.shape[0]), dtype=np.int32)
+    if left.shape[0] == 0 or rows.shape[0] == 0:
         return out
-    if int8_units_are_exact():
-        torch._int_mm(torch.from_numpy(left), torch.from_numpy(right).t(), out=torch.from_numpy(out))
+    if words is not None:
+        if len(rows) % LANES == 0:
+            tile_products(left, words, out)
+        else:
+            padded = np.empty((len(left), words.shape[1]), dtype=np.int32)
+            tile_products(left, words, padded)
+            out[...] = padded[:, : len(rows)]
+    elif int8_units_are_exact():
+        torch._int_mm(torch.from_numpy(left), torch.from_numpy(rows).t(), out=torch.from_numpy(out))
     elif left.shape[1] <= _EXACT_IN_FLOAT32:
-        out[...] = left.astype(np.float32) @ right.astype(np.float32).T
+        out[...] = left.astype(np.float32) @ rows.astype(np.float32).T
     else:
-        np.matmul(left.astype(np.int32), right.astype(np.int32).T, out=out)
+        np.matmul(left.astype(np.int32), rows.astype(np.int32).T, out=out)
     return out
+
+
+def tiles_are_faster() -> bool:
+    """Whether products are computed by tiles: where int8 matrix units are missing and AVX2 is not."""
+    return has_tiles() and not int8_units_are_exact()
 
 
 @cache

@@ -10,10 +10,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from colbert_core.index.vector_ops import BYTES, raise_bytes
+from colbert_core.index.vector_ops import BYTES, fetch, sum_of_best_bytes
 
 LANES = BYTES  # query tokens are padded to a multiple of this, so that inner loops have a fixed length
 BLOCK = 32  # centroids per block of the block maxima
+_AHEAD, _FETCHED = 4, 8  # the interaction fetches lines of codes for the document that comes after so many
 
 jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 
@@ -232,21 +233,14 @@ def interaction_keys(documents, offsets, codes, table, tie_breaks, keys):  # typ
         tie_breaks: uint32 ``[documents of the shard]``.
         keys: int64 ``[n]``, written: ``sum << 32 | tie-break``.
     """
-    last = table.shape[0] - 1
-    blocks = table.shape[1] // LANES
-    best = np.empty(LANES, np.uint8)
     for n in range(documents.shape[0]):
+        if n + _AHEAD < documents.shape[0]:
+            fetch(codes, offsets[documents[n + _AHEAD]], _FETCHED)  # type: ignore[call-arg]
         document = documents[n]
+        begin, end = offsets[document], offsets[document + 1]
         total = np.int64(0)
-        for block in range(blocks):
-            first = block * LANES
-            for lane in range(LANES):
-                best[lane] = 0
-            for position in range(offsets[document], offsets[document + 1]):
-                row = min(np.int64(codes[position]), last)
-                raise_bytes(best, table, row * table.shape[1] + first)  # type: ignore[call-arg]
-            for lane in range(LANES):
-                total += best[lane]
+        for first in range(0, table.shape[1], LANES):
+            total += sum_of_best_bytes(codes, begin, end, table, first)  # type: ignore[call-arg]
         keys[n] = (total << 32) | np.int64(tie_breaks[document])
 
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from colbert_core.errors import DimensionError, NonFiniteError, SearchError
 from colbert_core.index.codec import Codec
-from colbert_core.index.integer_product import integer_product
+from colbert_core.index.integer_product import integer_product, right_operand
 from colbert_core.index.kernels import (
     BLOCK,
     LANES,
@@ -110,13 +110,13 @@ class QueryBuffers:
         scores = self._array("scores", (centroids, lanes), np.float32)
         block_max = self._array("block_max", (-(-centroids // BLOCK), lanes), np.int32)
         table = self._array("table", (centroids, lanes), np.uint8)
-        starts = range(0, centroids, ROWS)
+        starts, right = range(0, centroids, ROWS), right_operand(query.quantized)
         sums = np.zeros((len(starts), lanes), dtype=np.int64)
 
         def score(number: int, first: int) -> None:
             block = self._codec.centroids[first : first + ROWS]
             product = np.empty((len(block), lanes), dtype=np.int32)
-            integer_product(block, query.quantized, product)
+            integer_product(block, right, product)
             take_scores(product, first, scores, block_max, sums[number])
 
         run([lambda n=n, f=f: score(n, f) for n, f in enumerate(starts)])  # type: ignore[misc]

@@ -9,25 +9,74 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 BYTES = 32
 
 
+_LINE = 64  # bytes of a cache line
+
+
 @intrinsic
-def raise_bytes(typing_context: Any, best: Any, table: Any, position: Any) -> Any:
-    """``best[:32] = max(best[:32], table.flat[position:position + 32])``, all uint8 and C-contiguous."""
-    signature = types.void(best, table, position)
+def sum_of_best_bytes(typing_context: Any, codes: Any, begin: Any, end: Any, table: Any, first: Any) -> Any:
+    """Sums the columns' largest bytes of ``table[codes[begin:end], first:first + 32]``, as int64.
+
+    Args:
+        codes: unsigned ``[tokens]``; one beyond the table counts as its last row.
+        begin, end: int64; without any codes between them, the sum is 0.
+        table: uint8 ``[rows, lanes]``, C-contiguous.
+        first: int64 column.
+    """
+    signature = types.int64(codes, types.int64, types.int64, table, types.int64)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = ir.VectorType(ir.IntType(8), BYTES)
-        target = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        source = context.make_array(signature.args[1])(context, builder, arguments[1]).data
-        target = builder.bitcast(target, vector.as_pointer())
-        source = builder.bitcast(builder.gep(source, [arguments[2]]), vector.as_pointer())
-        old, new = builder.load(target, align=1), builder.load(source, align=1)
-        builder.store(builder.select(builder.icmp_unsigned(">", new, old), new, old), target, align=1)
+        index, vector = ir.IntType(64), ir.VectorType(ir.IntType(8), BYTES)
+        rows, cells = (
+            context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 3)
+        )
+        count, lanes = cgutils.unpack_tuple(builder, cells.shape, 2)
+        last = builder.sub(count, ir.Constant(index, 1))
+        best = cgutils.alloca_once_value(builder, ir.Constant(vector, [0] * BYTES))
+        with cgutils.for_range_slice(builder, arguments[1], arguments[2], ir.Constant(index, 1), index) as (
+            position,
+            _,
+        ):
+            row = builder.zext(builder.load(builder.gep(rows.data, [position])), index)
+            row = builder.select(builder.icmp_unsigned("<", row, last), row, last)
+            place = builder.add(builder.mul(row, lanes), arguments[4])
+            cell = builder.bitcast(builder.gep(cells.data, [place]), vector.as_pointer())
+            old, new = builder.load(best), builder.load(cell, align=1)
+            builder.store(builder.select(builder.icmp_unsigned(">", new, old), new, old), best)
+        # No sum of so many bytes exceeds 16 bits.
+        wide = ir.VectorType(ir.IntType(16), BYTES)
+        kind = ir.FunctionType(ir.IntType(16), [wide])
+        add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{BYTES}i16")
+        return builder.zext(builder.call(add, [builder.zext(builder.load(best), wide)]), index)
+
+    return signature, generate
+
+
+@intrinsic
+def fetch(typing_context: Any, array: Any, position: Any, lines: Any) -> Any:
+    """Asks for cache lines from ``array.flat[position]`` on, which may lie outside of the array.
+
+    Args:
+        array: C-contiguous.
+        position: int64.
+        lines: int64, how many.
+    """
+    signature = types.void(array, types.int64, types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        flag, index, byte = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        start = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        with cgutils.for_range(builder, arguments[2], intp=index) as loop:
+            line = builder.gep(start, [builder.mul(loop.index, ir.Constant(index, _LINE))])
+            builder.call(function, [line, flag(0), flag(3), flag(1)])
         return context.get_dummy_value()
 
     return signature, generate

@@ -10,6 +10,7 @@ import pytest
 
 from colbert_core.index import Codec, Shard, integer_product, write_shard
 from colbert_core.index.engine import CpuEngine, Engine, run_here
+from colbert_core.index.integer_tiles import has_tiles
 from colbert_core.index.kernels import quantize_rows, rotate_rows
 from colbert_core.index.merge import could_be_shown, could_survive, threshold
 from colbert_core.index.merge_kernels import best_of_prefixes, not_outranked
@@ -43,8 +44,25 @@ def on_torch(codec: Codec, shards: Sequence[Shard]) -> Engine:
 engines = pytest.mark.parametrize("make", [cpu, on_torch])
 
 
+WAYS = {
+    "units": integer_product.int8_units_are_exact(),
+    "tiles": has_tiles(),
+    "floats": True,
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes integer products go one way, if this processor has it."""
+    if not WAYS[request.param]:
+        pytest.skip(f"no exact {request.param} on this processor")
+    monkeypatch.setattr(integer_product, "int8_units_are_exact", lambda: request.param == "units")
+    monkeypatch.setattr(integer_product, "has_tiles", lambda: request.param == "tiles")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("width", [16, 48, 128, 1024])
-def test_integer_products_are_exact_by_every_way(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integer_products_are_exact_by_every_way(width: int, way: str) -> None:
     rng = np.random.default_rng(0)
     left = rng.integers(-127, 128, (300, width)).astype(np.int8)
     left[0], left[1] = 127, -127
@@ -53,8 +71,7 @@ def test_integer_products_are_exact_by_every_way(width: int, monkeypatch: pytest
     expected = left.astype(np.int64) @ right.astype(np.int64).T
     product = integer_product.integer_product
     np.testing.assert_array_equal(product(left, right), expected)
-    monkeypatch.setattr(integer_product, "int8_units_are_exact", lambda: False)
-    np.testing.assert_array_equal(product(left, right), expected)
+    np.testing.assert_array_equal(product(left, integer_product.right_operand(right[:32])), expected[:, :32])
     wide = np.full((2, 2000), 127, dtype=np.int8)
     assert product(wide, wide).tolist() == [[127 * 127 * 2000] * 2] * 2
     assert product(left[:0], right).shape == (0, 33)
@@ -193,6 +210,21 @@ def decoded_score(shard: Shard, document: int, query: Query) -> float:
     vectors *= codec.length_factors[tokens.scales[:, :1]]
     rounded = query.quantized[: query.length] * query.scales[: query.length, None]
     return float((vectors @ rounded.T).max(axis=0).sum())
+
+
+def test_scores_are_the_same_by_every_way(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_tiles():
+        pytest.skip("no tiles on this processor")
+    documents = np.random.default_rng(0).permutation(len(shard)).astype(np.int32)
+    for vectors in (*QUERIES, LONG):
+        query = prepare_query(shard.codec, vectors)
+        found = []
+        for tiles in (True, False):
+            monkeypatch.setattr("colbert_core.index.engine.tiles_are_faster", lambda tiles=tiles: tiles)
+            engine = cpu(shard.codec, [shard])
+            tables = engine.tables(query, 0, run_here)
+            found.append(engine.score(0, tables, documents))
+        np.testing.assert_array_equal(found[0], found[1])
 
 
 @engines
