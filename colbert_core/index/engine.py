@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colbert_core.index.codec import Codec
-from colbert_core.index.integer_product import integer_product, tiles_are_faster
-from colbert_core.index.integer_tiles import ROWS, interleaved, steps_per_carry
+from colbert_core.index.integer_product import integer_product
+from colbert_core.index.integer_tiles import ROWS, steps_per_carry
 from colbert_core.index.kernels import (
     best_similarities,
     decode_residuals,
@@ -117,7 +117,7 @@ class CpuEngine:
 
     def score(self, shard: int, tables: QueryTables, documents: NDArray[np.int32]) -> NDArray[np.float32]:
         """Scores float32 ``[n]`` of documents from their residuals."""
-        by = self._score_by_tiles if tiles_are_faster() else self._score_by_products
+        by = self._score_by_products if tables.right is None else self._score_by_tiles
         return by(self._shards[shard], tables, documents)
 
     def _score_by_tiles(
@@ -125,7 +125,6 @@ class CpuEngine:
     ) -> NDArray[np.float32]:
         """Products stay in registers until the best of a document are known."""
         codec, query = self._codec, tables.query
-        kind = np.int16 if codec.bits == 8 else np.int8
         levels = (1 << codec.bits) - 1
         scores = np.empty(len(documents), dtype=np.float32)
         score_documents(
@@ -136,7 +135,7 @@ class CpuEngine:
             opened.scales,
             codec.bits,
             np.empty((ROWS, codec.width), dtype=np.int16 if codec.bits == 8 else np.uint8),
-            interleaved(query.quantized, kind),
+            tables.right,
             steps_per_carry(codec.bits) if codec.bits < 8 else 0,
             levels * query.quantized.sum(axis=1, dtype=np.int32),
             tables.scores,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import llvmlite.binding as llvm
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from colbert_core.index.integer_tiles import LANES, has_tiles, interleaved
 from colbert_core.index.tile_kernels import tile_products
 
 MAX_MAGNITUDE = 127
+_INT8_UNITS = ("avx512vnni", "avxvnni", "amx-int8")
 _EXACT_IN_FLOAT32 = (1 << 24) // MAX_MAGNITUDE**2  # widest rows whose dot products a float32 holds exactly
 
 
@@ -74,9 +76,14 @@ def integer_product(
     return out
 
 
+@cache
 def tiles_are_faster() -> bool:
-    """Whether products are computed by tiles: where int8 matrix units are missing and AVX2 is not."""
-    return has_tiles() and not int8_units_are_exact()
+    """Whether products are computed by tiles: where AVX2 is there and int8 matrix units are missing.
+
+    torch's int8 product is exact without such units, too, and then a plain loop.
+    """
+    features = llvm.get_host_cpu_features()
+    return has_tiles() and not any(features.get(unit, False) for unit in _INT8_UNITS)
 
 
 @cache

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from colbert_core.errors import DimensionError, NonFiniteError, SearchError
 from colbert_core.index.codec import Codec
-from colbert_core.index.integer_product import integer_product, right_operand
+from colbert_core.index.integer_product import integer_product, right_operand, tiles_are_faster
+from colbert_core.index.integer_tiles import interleaved
 from colbert_core.index.kernels import (
     BLOCK,
     LANES,
@@ -20,6 +21,7 @@ from colbert_core.index.kernels import (
     take_scores,
     top_centroids,
 )
+from colbert_core.index.tile_kernels import score_centroids
 
 ROWS = 2048  # centroids of one product: its int32 result stays in the cache
 _SORTED_PROBES = 256  # from here on, sorting all centroids is cheaper than keeping the best
@@ -82,6 +84,7 @@ class QueryTables:
         probes: int32 ``[length, P]``: best centroids of each token.
         gains: int32 ``[length, P]``: what a document gains that has a token in that centroid, over one
             that has none in any probed centroid.
+        right: the query as the right operand of its products with residuals, where tiles compute them.
     """
 
     query: Query
@@ -89,6 +92,7 @@ class QueryTables:
     table: NDArray[np.uint8]
     probes: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 0), np.int32))
     gains: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 0), np.int32))
+    right: NDArray[np.int8] | NDArray[np.int16] | None = None
 
 
 class QueryBuffers:
@@ -114,13 +118,28 @@ class QueryBuffers:
         sums = np.zeros((len(starts), lanes), dtype=np.int64)
 
         def score(number: int, first: int) -> None:
+            if right.words is not None:
+                last = min(first + ROWS, centroids)
+                score_centroids(
+                    self._codec.centroids,
+                    first,
+                    last,
+                    right.words,
+                    query.length,
+                    scores,
+                    block_max,
+                    sums[number],
+                )
+                return
             block = self._codec.centroids[first : first + ROWS]
             product = np.empty((len(block), lanes), dtype=np.int32)
             integer_product(block, right, product)
             take_scores(product, first, scores, block_max, sums[number])
 
         run([lambda n=n, f=f: score(n, f) for n, f in enumerate(starts)])  # type: ignore[misc]
-        tables = QueryTables(query, scores, table)
+        tables = QueryTables(query, scores, table, right=right.words)
+        if tiles_are_faster() and self._codec.bits < 8:
+            tables.right = interleaved(query.quantized, np.int8)
         if probes:
             best, tables.probes = _probes(scores, block_max, query.length, min(probes, centroids))
             scales = query.scales[: query.length]

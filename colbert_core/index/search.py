@@ -10,6 +10,7 @@ The stages, all of whose cut-offs are over all shards at once:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -37,7 +38,10 @@ from colbert_core.index.stages import Candidates, Limits, Scope
 from colbert_core.index.workers import Workers
 
 _LEAST = np.iinfo(np.int64).min
-_PIECE_TOKENS = 8192  # documents of a single query are shared out between threads in pieces of this size
+# Documents of a single query are shared out between threads: handing out a piece costs as much as
+# interacting with 10,000 tokens, and pieces differ in length.
+_PIECE_TOKENS = 8192
+_PIECES_PER_THREAD = 2
 
 
 class Searcher:
@@ -323,12 +327,14 @@ class Searcher:
         return scores
 
     def _pieces(self, documents: Sequence[NDArray[np.int32]]) -> list[tuple[int, slice]]:
-        """Parts of the documents, each of about ``_PIECE_TOKENS`` tokens."""
+        """Parts of the documents: some for each thread, of about ``_PIECE_TOKENS`` tokens or more."""
         pieces = []
+        share = sum(map(len, documents)) / (_PIECES_PER_THREAD * self._workers.threads)
         for shard, some in enumerate(documents):
             mean = self.shards[shard].manifest.tokens / max(1, len(self.shards[shard]))
-            step = max(1, int(_PIECE_TOKENS / max(1.0, mean))) if self._workers.threads > 1 else len(some)
-            pieces += [(shard, slice(start, start + step)) for start in range(0, len(some), max(1, step))]
+            least = _PIECE_TOKENS / max(1.0, mean)
+            step = math.ceil(max(1.0, share, least)) if self._workers.threads > 1 else max(1, len(some))
+            pieces += [(shard, slice(start, start + step)) for start in range(0, len(some), step)]
         return pieces
 
     def _best(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from colbert_core.index.integer_tiles import LANES, ROWS, VECTORS, product_tile, similarity_tile
-from colbert_core.index.kernels import jit
+from colbert_core.index.kernels import BLOCK, jit
 from colbert_core.index.vector_ops import fetch
 
 _PAIR = VECTORS * LANES
 _LINE_FLOATS = 16
+_CHUNK = ROWS * BLOCK // 2  # centroids whose products are held: whole tiles, whole blocks, in the first cache
 
 _products = product_tile(ROWS, VECTORS)
 _products_last = product_tile(ROWS, 1)
@@ -34,19 +35,31 @@ def tile_products(left, right, out):  # type: ignore[no-untyped-def]
         right: int16 ``[width / 2, n, 2]``, as ``interleaved`` makes it.
         out: int32 ``[m, n]``, C-contiguous, written.
     """
-    rows, width = left.shape
-    columns = right.shape[1]
+    words = np.empty((ROWS, left.shape[1]), np.int16)
+    _multiply(left, 0, left.shape[0], right, right.shape[1], words, out)
+
+
+@jit
+def _multiply(left, first, rows, right, columns, words, out):  # type: ignore[no-untyped-def]
+    """As :func:`tile_products`, of ``rows`` left rows from ``first`` on, with so many columns.
+
+    Args:
+        left, right: as there.
+        first, rows: which left rows.
+        columns: a multiple of ``LANES``.
+        words: int16 ``[ROWS, width]``, used.
+        out: int32 ``[>= rows, >= columns]``, written.
+    """
     paired = columns // _PAIR * _PAIR
-    words = np.empty((ROWS, width), np.int16)
+    whole = rows >= ROWS
+    here = ROWS if whole else 1
     row = 0
     while row < rows:
-        whole = rows >= ROWS
         # The last tile takes some rows again.
-        row = min(row, rows - ROWS) if whole else row
-        here = ROWS if whole else 1
+        row = min(row, rows - here)
         for r in range(here):
-            for k in range(width):
-                words[r, k] = left[row + r, k]
+            for k in range(left.shape[1]):
+                words[r, k] = left[first + row + r, k]
         if whole:
             for column in range(0, paired, _PAIR):
                 _products(words, right, column, out, row)
@@ -58,6 +71,42 @@ def tile_products(left, right, out):  # type: ignore[no-untyped-def]
             if paired < columns:
                 _products_of_row_last(words, right, paired, out, row)
         row += here
+
+
+@jit
+def score_centroids(centroids, first, last, right, length, scores, block_max, column_sums):  # type: ignore[no-untyped-def]
+    """Scores of some centroids with their statistics, as products and ``take_scores`` give them.
+
+    Args:
+        centroids: int8 ``[centroids, width]``.
+        first, last: which ones (last excluded); first is a multiple of ``BLOCK``.
+        right: int16 ``[width / 2, lanes, 2]``: the query, as ``interleaved`` makes it.
+        length: tokens of the query; the lanes after them are zeros.
+        scores: float32 ``[centroids, lanes]``, written.
+        block_max: int32 ``[ceil(centroids / BLOCK), lanes]``, written.
+        column_sums: int64 ``[lanes]``, added to.
+    """
+    lanes = scores.shape[1]
+    columns = -(-length // LANES) * LANES
+    words = np.empty((ROWS, centroids.shape[1]), np.int16)
+    products = np.zeros((_CHUNK, lanes), np.int32)
+    sums = np.empty(lanes, np.int32)
+    for start in range(first, last, _CHUNK):
+        rows = min(_CHUNK, last - start)
+        _multiply(centroids, start, rows, right, columns, words, products)
+        for begin in range(0, rows, BLOCK):
+            top = block_max[(start + begin) // BLOCK]
+            for i in range(lanes):
+                top[i] = products[begin, i]
+                sums[i] = 0  # so many products of rows of 1024 numbers fit 32 bits
+            for row in range(begin, min(begin + BLOCK, rows)):
+                for i in range(lanes):
+                    value = products[row, i]
+                    scores[start + row, i] = np.float32(value)
+                    top[i] = max(top[i], value)
+                    sums[i] += value
+            for i in range(lanes):
+                column_sums[i] += sums[i]
 
 
 @jit

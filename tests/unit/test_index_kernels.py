@@ -57,7 +57,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if not WAYS[request.param]:
         pytest.skip(f"no exact {request.param} on this processor")
     monkeypatch.setattr(integer_product, "int8_units_are_exact", lambda: request.param == "units")
-    monkeypatch.setattr(integer_product, "has_tiles", lambda: request.param == "tiles")
+    monkeypatch.setattr(integer_product, "tiles_are_faster", lambda: request.param == "tiles")
     return str(request.param)
 
 
@@ -220,7 +220,8 @@ def test_scores_are_the_same_by_every_way(shard: Shard, monkeypatch: pytest.Monk
         query = prepare_query(shard.codec, vectors)
         found = []
         for tiles in (True, False):
-            monkeypatch.setattr("colbert_core.index.engine.tiles_are_faster", lambda tiles=tiles: tiles)
+            monkeypatch.setattr("colbert_core.index.query.tiles_are_faster", lambda tiles=tiles: tiles)
+            monkeypatch.setattr(integer_product, "tiles_are_faster", lambda tiles=tiles: tiles)
             engine = cpu(shard.codec, [shard])
             tables = engine.tables(query, 0, run_here)
             found.append(engine.score(0, tables, documents))

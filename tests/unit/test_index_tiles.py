@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from colbert_core.index.integer_tiles import ROWS, has_tiles, interleaved, steps_per_carry
-from colbert_core.index.kernels import interaction_keys
+from colbert_core.index.kernels import BLOCK, interaction_keys
 from colbert_core.index.quantizer import pack_levels
-from colbert_core.index.tile_kernels import score_documents, tile_products
+from colbert_core.index.tile_kernels import score_centroids, score_documents, tile_products
 
 tiles = pytest.mark.skipif(not has_tiles(), reason="no AVX2 on this processor")
 Fill = Callable[[np.random.Generator, int, int], NDArray[np.int8]]
@@ -44,6 +44,30 @@ def test_products_of_tiles(fill: Fill, rows: int, columns: int, width: int) -> N
     tile_products(left, operand, out)
     np.testing.assert_array_equal(out[:, :columns], left.astype(np.int64) @ right.astype(np.int64).T)
     assert not out[:, columns:].any()
+
+
+@tiles
+@fills
+@pytest.mark.parametrize("width", [16, 128, 1024])
+@pytest.mark.parametrize("length", [1, 8, 25, 40])
+@pytest.mark.parametrize("centroids", [1, 5, 96, 2048 + 97])
+def test_scores_of_centroids(fill: Fill, centroids: int, length: int, width: int) -> None:
+    """The second of two parts, into memory that another query has used."""
+    rng = np.random.default_rng(centroids + length)
+    first, lanes = 64, -(-length // 32) * 32
+    rows, query = fill(rng, first + centroids, width), np.zeros((lanes, width), dtype=np.int8)
+    query[:length] = fill(rng, length, width)
+    scores = np.full((len(rows), lanes), 7, dtype=np.float32)
+    block_max = np.full((-(-len(rows) // BLOCK), lanes), 7, dtype=np.int32)
+    sums = np.full(lanes, 7, dtype=np.int64)
+    right = interleaved(query, np.int16)
+    score_centroids(rows, first, len(rows), right, length, scores, block_max, sums)
+    expected = rows.astype(np.int64) @ query.T.astype(np.int64)
+    expected[:first] = 7
+    np.testing.assert_array_equal(scores, expected)
+    np.testing.assert_array_equal(sums, 7 + expected[first:].sum(axis=0))
+    for block, top in enumerate(block_max):
+        assert top.tolist() == expected[block * BLOCK : (block + 1) * BLOCK].max(axis=0).tolist()
 
 
 def test_operands_put_what_is_added_side_by_side() -> None:
