@@ -18,13 +18,10 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
-from colbert_core.index.integer_product import (
-    MAX_MAGNITUDE,
-    integer_product,
-    right_operand,
-    tiles_are_faster,
-)
+from colbert_core.index.integer_product import MAX_MAGNITUDE, integer_product, tiles_are_faster
+from colbert_core.index.integer_tiles import PANEL, interleaved
 from colbert_core.index.kernels import quantize_rows
+from colbert_core.index.tile_kernels import nearest_centroids
 
 FLAT_CENTROIDS = 256  # up to here one level is cheap enough
 POINTS_PER_CENTROID = 128  # vectors that k-means looks at, for each centroid it trains
@@ -98,8 +95,10 @@ class Assigner:
         self.half_squares = (lengths / 2).astype(np.float32)
         # No dot product of a vector and a centroid exceeds this times the vector's scale.
         self._reach = np.float32(MAX_MAGNITUDE * math.sqrt(quantized.shape[1] * lengths.max()))
-        starts = range(0, len(quantized), COLUMNS)
-        self._blocks = [(first, right_operand(quantized[first : first + COLUMNS])) for first in starts]
+        missing = -len(quantized) % PANEL  # the last one again: ties go to the lowest
+        again = np.pad(quantized, ((0, missing), (0, 0)), "edge")
+        self._right = interleaved(again, np.int16) if tiles_are_faster() else None
+        self._padded = np.pad(self.half_squares, (0, missing), "edge")
 
     def nearest(self, vectors: NDArray[np.float32]) -> NDArray[np.uint32]:
         """Numbers ``[n]`` of the nearest centroids of float32 ``[n, width]``; ties to the lowest."""
@@ -112,27 +111,32 @@ class Assigner:
         )
         scales *= self.scale * units
         nearest = np.zeros(n, dtype=np.uint32)
-        best = np.full(n, np.iinfo(np.int32).min, dtype=np.int32)
+        if self._right is not None:
+            arguments = self._right, scales, units, self._padded, nearest
 
-        def assign(start: int) -> None:
-            part = slice(start, min(start + ROWS, n))
-            buffer = np.empty((part.stop - start) * COLUMNS, dtype=np.int32)
-            for first, block in self._blocks:
-                columns = len(block.rows)
-                product = buffer[: (part.stop - start) * columns].reshape(part.stop - start, columns)
-                integer_product(rounded[part], block, product)
-                half_squares = self.half_squares[first : first + columns]
-                _keep_nearest(
-                    product, scales[part], units[part], half_squares, first, best[part], nearest[part]
-                )
+            def assign(start: int) -> None:
+                nearest_centroids(rounded, start, min(start + ROWS, n), *arguments)
 
-        starts = range(0, n, ROWS)
-        if tiles_are_faster():
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(assign, starts))
-        else:  # torch's products have threads of their own
-            for start in starts:
-                assign(start)
+                list(pool.map(assign, range(0, n, ROWS)))
+            return nearest
+        best = np.full(n, np.iinfo(np.int32).min, dtype=np.int32)
+        buffer = np.empty(ROWS * COLUMNS, dtype=np.int32)
+        for start in range(0, n, ROWS):
+            stop = min(start + ROWS, n)
+            for first in range(0, len(self.quantized), COLUMNS):
+                block = self.quantized[first : first + COLUMNS]
+                product = buffer[: (stop - start) * len(block)].reshape(stop - start, len(block))
+                integer_product(rounded[start:stop], block, product)
+                _keep_nearest(
+                    product,
+                    scales[start:stop],
+                    units[start:stop],
+                    self.half_squares[first : first + COLUMNS],
+                    first,
+                    best[start:stop],
+                    nearest[start:stop],
+                )
         return nearest
 
 

@@ -64,7 +64,7 @@ def integer_product(
         if len(rows) % LANES == 0:
             tile_products(left, words, out)
         else:
-            padded = np.empty((len(left), words.shape[1]), dtype=np.int32)
+            padded = np.empty((len(left), -(-len(rows) // LANES) * LANES), dtype=np.int32)
             tile_products(left, words, padded)
             out[...] = padded[:, : len(rows)]
     elif int8_units_are_exact():

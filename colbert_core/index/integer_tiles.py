@@ -5,8 +5,9 @@ ones and adds pairs in 16 bits, ``vpmaddwd`` does so with 16-bit numbers in 32 b
 of some left rows with some vectors of eight right rows until they are used, and broadcasts the left rows'
 numbers from memory.
 
-Left operands are plain rows. A right operand is interleaved (:func:`interleaved`), so that the numbers
-that are added to each other lie side by side: ``[width / n, right rows, n]``, n = 4 bytes or 2 words.
+Left operands are plain rows. A right operand is interleaved (:func:`interleaved`): in panels as wide as a
+tile, which stay in the first cache, where the numbers that are added to each other lie side by side:
+``[panels, width / n, PANEL, n]``, n = 4 bytes or 2 words.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ ROWS = 6  # left rows of a tile
 VECTORS = (
     2  # of a tile: 12 vectors of sums, two of right rows, one of left numbers and a product fill 16 registers
 )
+PANEL = VECTORS * LANES
 _UNROLLED = 2  # steps of the inner loop; more of them, and LLVM adds in an order that needs more registers
+_UNPACKED, _UNPACKED_LAST = 16, 4  # bytes at a time; the shortest residual has four
 
 _INDEX, _INT32 = ir.IntType(64), ir.IntType(32)
 _BYTES, _WORDS = ir.VectorType(ir.IntType(8), 4 * LANES), ir.VectorType(ir.IntType(16), 2 * LANES)
@@ -42,15 +45,16 @@ def has_tiles() -> bool:
 
 
 def interleaved(rows: NDArray[np.int8], dtype: type[np.int8] | type[np.int16]) -> NDArray[Any]:
-    """The right operand ``[width / n, m, n]`` of int8 rows ``[m, width]``, as bytes (n = 4) or words (n = 2).
+    """The right operand of int8 rows ``[m, width]``, as bytes (n = 4) or words (n = 2).
 
-    m is rounded up to a multiple of ``LANES`` by rows of zeros.
+    m is rounded up to a multiple of ``PANEL`` by rows of zeros.
     """
     count, width = rows.shape
-    together = 4 if dtype is np.int8 else 2
-    right = np.zeros((width // together, -(-count // LANES) * LANES, together), dtype=dtype)
-    right[:, :count] = rows.reshape(count, width // together, together).transpose(1, 0, 2)
-    return right
+    together, panels = 4 if dtype is np.int8 else 2, -(-count // PANEL)
+    padded = np.zeros((panels * PANEL, width), dtype=dtype)
+    padded[:count] = rows
+    split = padded.reshape(panels, PANEL, width // together, together)
+    return np.ascontiguousarray(split.transpose(0, 2, 1, 3))
 
 
 def steps_per_carry(bits: int) -> int:
@@ -121,10 +125,12 @@ class _Frame:
         return self.builder.shuffle_vector(single, blank, zeros)
 
     def raise_(self, sums: _Sums, step: Any, kind: Any, product: Callable[[Any, Any], Any]) -> None:
-        """Adds the products of one step: 32 bits of each left row with each right row."""
+        """Adds the products of one step: 32 bits of each left row with each right row of the panel."""
         builder, together = self.builder, 4 if kind is _BYTES else 2
-        width, lanes = self.extent(0, 1), self.extent(1, 1)
-        place = builder.mul(self.at(step, lanes, self.arguments[2]), ir.Constant(_INDEX, together))
+        width = self.extent(0, 1)
+        panel = builder.udiv(self.arguments[2], ir.Constant(_INDEX, PANEL))
+        place = self.at(panel, self.extent(1, 1), step)
+        place = builder.mul(place, ir.Constant(_INDEX, PANEL * together))
         right = [self.load(1, self.plus(place, v * LANES * together), kind) for v in range(self.vectors)]
         column = builder.mul(step, ir.Constant(_INDEX, together))
         for r in range(self.rows):
@@ -150,7 +156,7 @@ class _Frame:
         def product(left: Any, right: Any) -> Any:
             return self.call("llvm.x86.avx2.pmadd.wd", _SUMS, left, right)
 
-        stop = self.extent(1, 0)
+        stop = self.extent(1, 1)
         self.steps(ir.Constant(_INDEX, 0), stop, lambda step: self.raise_(sums, step, _WORDS, product))
         return sums
 
@@ -162,7 +168,7 @@ class _Frame:
         def product(left: Any, right: Any) -> Any:
             return self.call("llvm.x86.avx2.pmadd.ub.sw", _WORDS, left, right)
 
-        total = self.extent(1, 0)
+        total = self.extent(1, 1)
         with cgutils.for_range_slice(builder, ir.Constant(_INDEX, 0), total, carry, _INDEX) as (start, _):
             end = builder.add(start, carry)
             stop = builder.select(builder.icmp_signed("<", end, total), end, total)
@@ -175,10 +181,55 @@ class _Frame:
         return sums
 
 
+def unpack_row(bits: int) -> Any:
+    """An intrinsic ``(residuals uint8 [tokens, width * bits / 8], token, left [>= row, width], row)``.
+
+    It writes a token's residual as a left row: codes of 2 or 4 bits, uint8; levels of 8 bits, int16.
+    """
+
+    @intrinsic
+    def unpack(typing_context: Any, residuals: Any, token: Any, left: Any, row: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            frame = _Frame(context, builder, signature, arguments, rows=1, vectors=1)
+            stride, width = frame.extent(0, 1), frame.extent(2, 1)
+            source = builder.mul(arguments[1], stride)
+            target = builder.mul(arguments[3], width)
+
+            def some(start: Any, stop: Any, count: int) -> None:
+                kind = ir.VectorType(ir.IntType(8), count)
+                with cgutils.for_range_slice(builder, start, stop, ir.Constant(_INDEX, count), _INDEX) as (
+                    byte,
+                    _,
+                ):
+                    packed = frame.load(0, builder.add(source, byte), kind)
+                    if bits == 8:
+                        words = ir.VectorType(ir.IntType(16), count)
+                        level = builder.sub(builder.zext(packed, words), ir.Constant(words, [128] * count))
+                        builder.store(level, frame.pointer(2, builder.add(target, byte), words), align=1)
+                        return
+                    for part, shift in enumerate(range(0, 8, bits)):
+                        code = builder.and_(
+                            builder.lshr(packed, ir.Constant(kind, [shift] * count)),
+                            ir.Constant(kind, [(1 << bits) - 1] * count),
+                        )
+                        place = builder.add(builder.mul(stride, ir.Constant(_INDEX, part)), byte)
+                        builder.store(code, frame.pointer(2, builder.add(target, place), kind), align=1)
+
+            whole = builder.and_(stride, ir.Constant(_INDEX, -_UNPACKED))
+            some(ir.Constant(_INDEX, 0), whole, _UNPACKED)
+            some(whole, stride, _UNPACKED_LAST)
+            return context.get_dummy_value()
+
+        return types.void(residuals, types.int64, left, types.int64), generate
+
+    return unpack
+
+
 def product_tile(rows: int, vectors: int) -> Any:
     """An intrinsic ``(left int16 [>= rows, width], right words, column, out int32 [m, n], row)``.
 
-    It writes products of the first ``rows`` left rows to ``out[row:, column:column + vectors · LANES]``.
+    It writes products of the first ``rows`` left rows to ``out[row:, column:column + vectors · LANES]``;
+    column is the first one of a panel, here as in :func:`similarity_tile`.
     """
 
     @intrinsic
@@ -193,6 +244,64 @@ def product_tile(rows: int, vectors: int) -> Any:
             return context.get_dummy_value()
 
         return types.void(left, right, types.int64, out, types.int64), generate
+
+    return tile
+
+
+def nearest_tile(rows: int) -> Any:
+    """An intrinsic that keeps the best right rows of a panel for some left rows; see ``nearest_centroids``.
+
+    Its arguments are ``(left int16 [>= rows, width], right words, column, scales float32 [n], units float32
+    [n], half_squares float32 [panels · PANEL], best int32 [>= rows, PANEL], found int32 the same,
+    row)``: the number of the first left row in ``scales`` and ``units``.
+    """
+
+    @intrinsic
+    def tile(
+        typing_context: Any,
+        left: Any,
+        right: Any,
+        column: Any,
+        scales: Any,
+        units: Any,
+        half_squares: Any,
+        best: Any,
+        found: Any,
+        row: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            frame = _Frame(context, builder, signature, arguments, rows, VECTORS)
+            column = arguments[2]
+            first = builder.trunc(column, _INT32)
+            for r, sums in enumerate(frame.word_sums()):
+                scale, unit = (
+                    frame.spread(frame.load(array, frame.plus(arguments[8], r), ir.FloatType()), _FLOATS)
+                    for array in (3, 4)
+                )
+                for v, place in enumerate(sums):
+                    lane = frame.plus(column, v * LANES)
+                    numbers = ir.Constant(_SUMS, [v * LANES + i for i in range(LANES)])
+                    numbers = builder.add(frame.spread(first, _SUMS), numbers)
+                    # Rounded after every operation, as everywhere.
+                    value = builder.fsub(
+                        builder.fmul(scale, builder.sitofp(builder.load(place), _FLOATS)),
+                        builder.fmul(unit, frame.load(5, lane, _FLOATS)),
+                    )
+                    value = builder.fptosi(value, _SUMS)
+                    kept = ir.Constant(_INDEX, r * PANEL + v * LANES)
+                    top, number = (frame.pointer(array, kept, _SUMS) for array in (6, 7))
+                    old = builder.load(top, align=4)
+                    better = builder.icmp_signed(">", value, old)
+                    builder.store(builder.select(better, value, old), top, align=4)
+                    # Numbers only rise. A choice would become a masked store, slow on AMD's processors.
+                    risen = builder.and_(builder.sext(better, _SUMS), numbers)
+                    old = builder.load(number, align=4)
+                    risen = builder.select(builder.icmp_signed(">", risen, old), risen, old)
+                    builder.store(risen, number, align=4)
+            return context.get_dummy_value()
+
+        place = types.int64
+        return types.void(left, right, place, scales, units, half_squares, best, found, place), generate
 
     return tile
 

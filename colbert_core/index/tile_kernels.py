@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import numpy as np
 
-from colbert_core.index.integer_tiles import LANES, ROWS, VECTORS, product_tile, similarity_tile
+from colbert_core.index.integer_tiles import (
+    LANES,
+    PANEL,
+    ROWS,
+    VECTORS,
+    nearest_tile,
+    product_tile,
+    similarity_tile,
+    unpack_row,
+)
 from colbert_core.index.kernels import BLOCK, jit
 from colbert_core.index.vector_ops import fetch
 
-_PAIR = VECTORS * LANES
 _LINE_FLOATS = 16
+_TILES = 8  # of the rows that are assigned to centroids together
 _CHUNK = ROWS * BLOCK // 2  # centroids whose products are held: whole tiles, whole blocks, in the first cache
 
 _products = product_tile(ROWS, VECTORS)
 _products_last = product_tile(ROWS, 1)
 _products_of_row = product_tile(1, VECTORS)
 _products_of_row_last = product_tile(1, 1)
+_keep_nearest = nearest_tile(ROWS)
+_unpack_2, _unpack_4, _unpack_8 = unpack_row(2), unpack_row(4), unpack_row(8)
 _raise = similarity_tile(ROWS, VECTORS)
 _raise_last = similarity_tile(ROWS, 1)
 _raise_by_row = similarity_tile(1, VECTORS)
@@ -32,11 +43,11 @@ def tile_products(left, right, out):  # type: ignore[no-untyped-def]
 
     Args:
         left: int8 ``[m, width]``.
-        right: int16 ``[width / 2, n, 2]``, as ``interleaved`` makes it.
-        out: int32 ``[m, n]``, C-contiguous, written.
+        right: int16 ``[panels, width / 2, PANEL, 2]``, as ``interleaved`` makes it.
+        out: int32 ``[m, n]``, C-contiguous, written; n is a multiple of ``LANES``.
     """
     words = np.empty((ROWS, left.shape[1]), np.int16)
-    _multiply(left, 0, left.shape[0], right, right.shape[1], words, out)
+    _multiply(left, 0, left.shape[0], right, out.shape[1], words, out)
 
 
 @jit
@@ -50,7 +61,7 @@ def _multiply(left, first, rows, right, columns, words, out):  # type: ignore[no
         words: int16 ``[ROWS, width]``, used.
         out: int32 ``[>= rows, >= columns]``, written.
     """
-    paired = columns // _PAIR * _PAIR
+    paired = columns // PANEL * PANEL
     whole = rows >= ROWS
     here = ROWS if whole else 1
     row = 0
@@ -61,12 +72,12 @@ def _multiply(left, first, rows, right, columns, words, out):  # type: ignore[no
             for k in range(left.shape[1]):
                 words[r, k] = left[first + row + r, k]
         if whole:
-            for column in range(0, paired, _PAIR):
+            for column in range(0, paired, PANEL):
                 _products(words, right, column, out, row)
             if paired < columns:
                 _products_last(words, right, paired, out, row)
         else:
-            for column in range(0, paired, _PAIR):
+            for column in range(0, paired, PANEL):
                 _products_of_row(words, right, column, out, row)
             if paired < columns:
                 _products_of_row_last(words, right, paired, out, row)
@@ -80,7 +91,7 @@ def score_centroids(centroids, first, last, right, length, scores, block_max, co
     Args:
         centroids: int8 ``[centroids, width]``.
         first, last: which ones (last excluded); first is a multiple of ``BLOCK``.
-        right: int16 ``[width / 2, lanes, 2]``: the query, as ``interleaved`` makes it.
+        right: int16 ``[panels, width / 2, PANEL, 2]``: the query, as ``interleaved`` makes it.
         length: tokens of the query; the lanes after them are zeros.
         scores: float32 ``[centroids, lanes]``, written.
         block_max: int32 ``[ceil(centroids / BLOCK), lanes]``, written.
@@ -110,31 +121,56 @@ def score_centroids(centroids, first, last, right, length, scores, block_max, co
 
 
 @jit
-def unpack(residuals, bits, position, left, row):  # type: ignore[no-untyped-def]
-    """One token's residual as a left row.
+def nearest_centroids(rows, first, last, right, scales, units, half_squares, nearest):  # type: ignore[no-untyped-def]
+    """The centroid of each row with the largest product less half its squared length, ties to the lowest.
+
+    They are compared as integers, in units of each row, as ``_keep_nearest`` in
+    :mod:`colbert_core.index.clustering` does. A panel of centroids is multiplied with some rows while both
+    are in the first cache, and the best of each of its columns is kept.
 
     Args:
-        residuals: uint8 ``[tokens, width * bits / 8]``.
-        bits: 2, 4 or 8.
-        position: the token.
-        left: ``[rows, width]``, written: codes, uint8, of 2 or 4 bits; levels, int16, of 8 bits.
-        row: which one to write.
+        rows: int8 ``[n, width]``.
+        first, last: which ones (last excluded).
+        right: int16 ``[panels, width / 2, PANEL, 2]``: the centroids, as ``interleaved`` makes it; the last
+            one again and again, until the panel is full.
+        scales: float32 ``[n]``: what a product is multiplied by.
+        units: float32 ``[n]``: what half a squared length is multiplied by; no value exceeds 31 bits.
+        half_squares: float32 ``[panels · PANEL]``.
+        nearest: uint32 ``[n]``, written.
     """
-    width = left.shape[1]
-    if bits == 4:
-        half = width // 2
-        for b in range(half):
-            left[row, b] = residuals[position, b] & np.uint8(15)
-        for b in range(half):
-            left[row, half + b] = residuals[position, b] >> np.uint8(4)
-    elif bits == 2:
-        quarter = width // 4
-        for part in range(4):
-            for b in range(quarter):
-                left[row, part * quarter + b] = (residuals[position, b] >> np.uint8(2 * part)) & np.uint8(3)
-    else:
-        for b in range(width):
-            left[row, b] = np.int16(residuals[position, b]) - np.int16(128)
+    together = _TILES * ROWS
+    words = np.zeros((together, rows.shape[1]), np.int16)
+    best = np.empty((together, PANEL), np.int32)
+    found = np.empty((together, PANEL), np.int32)
+    row_scales, row_units = np.zeros(together, np.float32), np.zeros(together, np.float32)
+    for start in range(first, last, together):
+        count = min(together, last - start)
+        for r in range(count):
+            for k in range(rows.shape[1]):
+                words[r, k] = rows[start + r, k]
+            row_scales[r], row_units[r] = scales[start + r], units[start + r]
+        best[:] = np.int32(-2147483648)
+        found[:] = 0
+        for column in range(0, half_squares.shape[0], PANEL):
+            for r in range(0, count, ROWS):  # what a last tile adds is not looked at
+                part = slice(r, r + ROWS)
+                _keep_nearest(
+                    words[part],
+                    right,
+                    column,
+                    row_scales,
+                    row_units,
+                    half_squares,
+                    best[part],
+                    found[part],
+                    r,
+                )
+        for r in range(count):
+            top, number = best[r, 0], found[r, 0]
+            for i in range(1, PANEL):
+                if best[r, i] > top or (best[r, i] == top and found[r, i] < number):
+                    top, number = best[r, i], found[r, i]
+            nearest[start + r] = number
 
 
 @jit
@@ -179,7 +215,7 @@ def score_documents(  # type: ignore[no-untyped-def]
     length = query_scales.shape[0]
     lanes, last = scores.shape[1], scores.shape[0] - 1
     columns = -(-length // LANES) * LANES
-    paired = columns // _PAIR * _PAIR
+    paired = columns // PANEL * PANEL
     lines = -(-columns // _LINE_FLOATS)
     best = np.empty(columns, np.float32)
     places = np.empty(ROWS, np.int64)
@@ -195,7 +231,12 @@ def score_documents(  # type: ignore[no-untyped-def]
             here = ROWS if whole else 1
             for r in range(here):
                 token = position + r
-                unpack(residuals, bits, token, left, r)
+                if bits == 4:
+                    _unpack_4(residuals, token, left, r)
+                elif bits == 2:
+                    _unpack_2(residuals, token, left, r)
+                else:
+                    _unpack_8(residuals, token, left, r)
                 places[r] = min(np.int64(codes[token]), last) * lanes
                 length_factor = length_factors[scales[token, 0]]
                 factors[r, 0] = centroid_factors[scales[token, 0]]
@@ -203,12 +244,12 @@ def score_documents(  # type: ignore[no-untyped-def]
             for token in range(position + here, min(position + 2 * here, end)):
                 fetch(scores, min(np.int64(codes[token]), last) * lanes, lines)  # type: ignore[call-arg]
             if whole:
-                for column in range(0, paired, _PAIR):
+                for column in range(0, paired, PANEL):
                     _raise(left, right, column, carry, constants, scores, places, factors, best)
                 if paired < columns:
                     _raise_last(left, right, paired, carry, constants, scores, places, factors, best)
             else:
-                for column in range(0, paired, _PAIR):
+                for column in range(0, paired, PANEL):
                     _raise_by_row(left, right, column, carry, constants, scores, places, factors, best)
                 if paired < columns:
                     _raise_by_row_last(left, right, paired, carry, constants, scores, places, factors, best)

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from colbert_core.index.integer_tiles import ROWS, has_tiles, interleaved, steps_per_carry
+from colbert_core.index.integer_tiles import LANES, PANEL, ROWS, has_tiles, interleaved, steps_per_carry
 from colbert_core.index.kernels import BLOCK, interaction_keys
 from colbert_core.index.quantizer import pack_levels
-from colbert_core.index.tile_kernels import score_centroids, score_documents, tile_products
+from colbert_core.index.tile_kernels import (
+    nearest_centroids,
+    score_centroids,
+    score_documents,
+    tile_products,
+)
 
 tiles = pytest.mark.skipif(not has_tiles(), reason="no AVX2 on this processor")
 Fill = Callable[[np.random.Generator, int, int], NDArray[np.int8]]
@@ -40,7 +45,7 @@ def test_products_of_tiles(fill: Fill, rows: int, columns: int, width: int) -> N
     rng = np.random.default_rng(rows + columns + width)
     left, right = fill(rng, rows, width), fill(rng, columns, width)
     operand = interleaved(right, np.int16)
-    out = np.full((rows, operand.shape[1]), 12345, dtype=np.int32)
+    out = np.full((rows, -(-columns // LANES) * LANES), 12345, dtype=np.int32)
     tile_products(left, operand, out)
     np.testing.assert_array_equal(out[:, :columns], left.astype(np.int64) @ right.astype(np.int64).T)
     assert not out[:, columns:].any()
@@ -71,14 +76,38 @@ def test_scores_of_centroids(fill: Fill, centroids: int, length: int, width: int
 
 
 def test_operands_put_what_is_added_side_by_side() -> None:
-    rows = np.arange(3 * 16, dtype=np.int8).reshape(3, 16)
+    rows = np.arange(19 * 6, dtype=np.int8).repeat(8).reshape(19, 48)
     for dtype, together in ((np.int8, 4), (np.int16, 2)):
         right = interleaved(rows, dtype)
-        assert right.shape == (16 // together, 8, together)
+        assert right.shape == (2, 48 // together, PANEL, together)
         assert right.dtype == dtype
-        for row in range(3):
-            assert right[:, row].ravel().tolist() == rows[row].tolist()
-        assert not right[:, 3:].any()
+        for row in range(19):
+            assert right[row // PANEL, :, row % PANEL].ravel().tolist() == rows[row].tolist()
+        assert not right[1, :, 3:].any()
+
+
+@tiles
+@fills
+@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("rows", [1, ROWS + 1, 200])
+@pytest.mark.parametrize("centroids", [1, 15, 16, 50])
+def test_nearest_centroids_of_tiles(fill: Fill, centroids: int, rows: int, width: int) -> None:
+    """The last of two parts; many ties, which go to the lowest number."""
+    rng = np.random.default_rng(centroids + rows)
+    left, right = fill(rng, 3 + rows, width), fill(rng, centroids, width)
+    right[centroids // 2 :] = right[: centroids - centroids // 2]
+    scales = rng.random(3 + rows, dtype=np.float32) * 100
+    units = rng.random(3 + rows, dtype=np.float32)
+    half_squares = np.square(right.astype(np.float32)).sum(axis=1)
+    nearest = np.full(3 + rows, 99, dtype=np.uint32)
+    missing = -centroids % PANEL
+    operand = interleaved(np.pad(right, ((0, missing), (0, 0)), "edge"), np.int16)
+    padded = np.pad(half_squares, (0, missing), "edge")
+    nearest_centroids(left, 3, 3 + rows, operand, scales, units, padded, nearest)
+    products = (left.astype(np.int64) @ right.T.astype(np.int64)).astype(np.float32)
+    values = (scales[:, None] * products - units[:, None] * half_squares).astype(np.int32)
+    assert nearest[:3].tolist() == [99] * 3
+    assert nearest[3:].tolist() == values[3:].argmax(axis=1).tolist()
 
 
 @pytest.mark.parametrize("bits", [2, 4])
