@@ -91,7 +91,9 @@ def _tile(rows: int, fetch: bool) -> Any:
                 target = pointer("best", add(builder.add(builder.mul(number, width), column), part * _LANES))
                 found = builder.load(target, align=4)
                 for row in range(rows):
-                    found = builder.call(maximum, [found, builder.load(sums[row][part])])
+                    # Which of two zeros is the larger one matters to nobody, and costs as much as the rest.
+                    operands = [found, builder.load(sums[row][part])]
+                    found = builder.call(maximum, operands, fastmath=("nsz",))
                 builder.store(found, target, align=4)
             return context.get_dummy_value()
 

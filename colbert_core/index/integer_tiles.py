@@ -355,7 +355,8 @@ def similarity_tile(rows: int, vectors: int) -> Any:
                         builder.fmul(by_length, frame.load(5, place, _FLOATS)),
                         builder.fmul(by_residual, builder.sitofp(total, _FLOATS)),
                     )
-                    found = builder.select(builder.fcmp_ordered(">", value, found), value, found)
+                    # Not a choice, which may become a masked store.
+                    found = frame.call("llvm.x86.avx.max.ps.256", _FLOATS, value, found)
                 builder.store(found, target, align=4)
             return context.get_dummy_value()
 
