@@ -25,9 +25,7 @@ from numpy.typing import NDArray
 
 LANES = 8  # right rows of a vector
 ROWS = 6  # left rows of a tile
-VECTORS = (
-    2  # of a tile: 12 vectors of sums, two of right rows, one of left numbers and a product fill 16 registers
-)
+VECTORS = 2  # of a tile: 12 of sums, two of right rows, one of left numbers and a product fill 16 registers
 PANEL = VECTORS * LANES
 _UNROLLED = 2  # steps of the inner loop; more of them, and LLVM adds in an order that needs more registers
 _UNPACKED, _UNPACKED_LAST = 16, 4  # bytes at a time; the shortest residual has four
