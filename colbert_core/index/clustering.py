@@ -97,7 +97,7 @@ class Assigner:
         self._reach = np.float32(MAX_MAGNITUDE * math.sqrt(quantized.shape[1] * lengths.max()))
         missing = -len(quantized) % PANEL  # the last one again: ties go to the lowest
         again = np.pad(quantized, ((0, missing), (0, 0)), "edge")
-        self._right = interleaved(again, np.int16) if tiles_are_faster() else None
+        self._right = interleaved(again, np.int16) if tiles_are_faster(again.shape[1]) else None
         self._padded = np.pad(self.half_squares, (0, missing), "edge")
 
     def nearest(self, vectors: NDArray[np.float32]) -> NDArray[np.uint32]:

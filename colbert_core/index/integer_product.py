@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from colbert_core.index.integer_tiles import LANES, has_tiles, interleaved
+from colbert_core.index.integer_tiles import LANES, STEP_WIDTH, has_tiles, interleaved
 from colbert_core.index.tile_kernels import tile_products
 
 MAX_MAGNITUDE = 127
@@ -38,7 +38,7 @@ class RightOperand:
 
 def right_operand(rows: NDArray[np.int8]) -> RightOperand:
     """Prepares int8 ``[n, width]``, values within ±127."""
-    return RightOperand(rows, interleaved(rows, np.int16) if tiles_are_faster() else None)
+    return RightOperand(rows, interleaved(rows, np.int16) if tiles_are_faster(rows.shape[1]) else None)
 
 
 def integer_product(
@@ -77,13 +77,15 @@ def integer_product(
 
 
 @cache
-def tiles_are_faster() -> bool:
-    """Whether products are computed by tiles: where AVX2 is there and int8 matrix units are missing.
+def tiles_are_faster(width: int) -> bool:
+    """Whether products of rows this wide are computed by tiles.
 
-    torch's int8 product is exact without such units, too, and then a plain loop.
+    They are where AVX2 is there and int8 matrix units are missing; torch's int8 product is exact without
+    such units, too, and then a plain loop. Other widths than a codec's may be no multiple of a tile's step.
     """
     features = llvm.get_host_cpu_features()
-    return has_tiles() and not any(features.get(unit, False) for unit in _INT8_UNITS)
+    missing = not any(features.get(unit, False) for unit in _INT8_UNITS)
+    return missing and has_tiles() and width % STEP_WIDTH == 0
 
 
 @cache

@@ -28,6 +28,7 @@ ROWS = 6  # left rows of a tile
 VECTORS = 2  # of a tile: 12 of sums, two of right rows, one of left numbers and a product fill 16 registers
 PANEL = VECTORS * LANES
 _UNROLLED = 2  # steps of the inner loop; more of them, and LLVM adds in an order that needs more registers
+STEP_WIDTH = 4 * _UNROLLED  # numbers of a row that the inner loop takes at once, as bytes
 _UNPACKED, _UNPACKED_LAST = 16, 4  # bytes at a time; the shortest residual has four
 
 _INDEX, _INT32 = ir.IntType(64), ir.IntType(32)
@@ -45,7 +46,7 @@ def has_tiles() -> bool:
 def interleaved(rows: NDArray[np.int8], dtype: type[np.int8] | type[np.int16]) -> NDArray[Any]:
     """The right operand of int8 rows ``[m, width]``, as bytes (n = 4) or words (n = 2).
 
-    m is rounded up to a multiple of ``PANEL`` by rows of zeros.
+    m is rounded up to a multiple of ``PANEL`` by rows of zeros; width is a multiple of ``STEP_WIDTH``.
     """
     count, width = rows.shape
     together, panels = 4 if dtype is np.int8 else 2, -(-count // PANEL)

@@ -138,7 +138,7 @@ class QueryBuffers:
 
         run([lambda n=n, f=f: score(n, f) for n, f in enumerate(starts)])  # type: ignore[misc]
         tables = QueryTables(query, scores, table, right=right.words)
-        if tiles_are_faster() and self._codec.bits < 8:
+        if tiles_are_faster(self._codec.width) and self._codec.bits < 8:
             tables.right = interleaved(query.quantized, np.int8)
         if probes:
             best, tables.probes = _probes(scores, block_max, query.length, min(probes, centroids))

@@ -36,7 +36,7 @@ PHASE: dict[str, Any] = {
     "queries_per_step": 16,
     # Maxima jump where rounding differs. With small steps a jump stays below the tolerance, and all of them
     # together go far beyond it.
-    "optimizer": {"lr": 2e-6, "warmup_steps": 5, "weight_decay": 0.01},
+    "optimizer": {"lr": 4e-6, "warmup_steps": 5, "weight_decay": 0.01},
     "checkpoint": {"every_steps": EVERY, "keep_last": 9},
 }
 # A dead raylet refuses connections, which is noticed within seconds instead of half a minute.

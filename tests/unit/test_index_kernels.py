@@ -10,7 +10,7 @@ import pytest
 
 from colbert_core.index import Codec, Shard, integer_product, write_shard
 from colbert_core.index.engine import CpuEngine, Engine, run_here
-from colbert_core.index.integer_tiles import has_tiles
+from colbert_core.index.integer_tiles import STEP_WIDTH, has_tiles
 from colbert_core.index.kernels import quantize_rows, rotate_rows
 from colbert_core.index.merge import could_be_shown, could_survive, threshold
 from colbert_core.index.merge_kernels import best_of_prefixes, not_outranked
@@ -57,11 +57,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if not WAYS[request.param]:
         pytest.skip(f"no exact {request.param} on this processor")
     monkeypatch.setattr(integer_product, "int8_units_are_exact", lambda: request.param == "units")
-    monkeypatch.setattr(integer_product, "tiles_are_faster", lambda: request.param == "tiles")
+    tiles = request.param == "tiles"
+    monkeypatch.setattr(integer_product, "tiles_are_faster", lambda width: tiles and width % STEP_WIDTH == 0)
     return str(request.param)
 
 
-@pytest.mark.parametrize("width", [16, 48, 128, 1024])
+@pytest.mark.parametrize("width", [2, 7, 16, 48, 128, 1024])
 def test_integer_products_are_exact_by_every_way(width: int, way: str) -> None:
     rng = np.random.default_rng(0)
     left = rng.integers(-127, 128, (300, width)).astype(np.int8)
@@ -220,8 +221,8 @@ def test_scores_are_the_same_by_every_way(shard: Shard, monkeypatch: pytest.Monk
         query = prepare_query(shard.codec, vectors)
         found = []
         for tiles in (True, False):
-            monkeypatch.setattr("colbert_core.index.query.tiles_are_faster", lambda tiles=tiles: tiles)
-            monkeypatch.setattr(integer_product, "tiles_are_faster", lambda tiles=tiles: tiles)
+            monkeypatch.setattr("colbert_core.index.query.tiles_are_faster", lambda _, tiles=tiles: tiles)
+            monkeypatch.setattr(integer_product, "tiles_are_faster", lambda _, tiles=tiles: tiles)
             engine = cpu(shard.codec, [shard])
             tables = engine.tables(query, 0, run_here)
             found.append(engine.score(0, tables, documents))
