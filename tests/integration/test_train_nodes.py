@@ -95,30 +95,11 @@ def kill_raylet_of_a_worker() -> None:
     raylet.kill()
 
 
-def test_a_killed_raylet_changes_nothing(undisturbed: Finished, nodes: Cluster, tmp_path: Path) -> None:
-    recipe = training_recipe(tmp_path, base=undisturbed.recipe.model.base, **PHASE)
-    registry = publish_inputs(recipe)
-    checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
-    step = random.SystemRandom().randrange(EVERY, STEPS // 2, EVERY)
-    print(f"killed after the state of step {step}")
-    with When(lambda: step in checkpoints.steps(), kill_raylet_of_a_worker) as killer:
-        result = train_phase(recipe, "p", registry)
-    assert killer.done
-    # What Ray Data coordinates its readers with must not have been on a node that may die.
-    coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-    where = coordinator.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
-    assert ray.get(where) == ray.get_runtime_context().get_node_id()
-    attempts = {item.key.split("/")[3] for item in registry.store.list(f"{checkpoints.prefix}tensorboard/")}
-    assert len(attempts) == 2
-    expected = undisturbed.result.records
-    assert [record.step for record in result.records] == list(range(1, STEPS + 1))
-    assert [record.loss for record in result.records] == [record.loss for record in expected]
-    found = published_weights(registry, result.ref)
-    assert furthest(found, published_weights(undisturbed.registry, undisturbed.result.ref)) == 0.0
-    add_node(nodes)
-
-
-def test_an_elastic_run_outlives_a_raylet(undisturbed: Finished, s3_server: S3Server, tmp_path: Path) -> None:
+def test_an_elastic_run_outlives_a_raylet(
+    undisturbed: Finished, nodes: Cluster, s3_server: S3Server, tmp_path: Path
+) -> None:
+    # The first to kill a node: Ray counts nodes anew every 20 seconds, so that a run which starts sooner
+    # after a node came may begin with too few workers.
     storage = s3_server.storage(cache_dir=str(tmp_path / "cache"))
     base = undisturbed.recipe.model.base
     recipe = training_recipe(tmp_path, base=base, storage=storage, num_workers=[1, 2], **PHASE)
@@ -141,3 +122,26 @@ def test_an_elastic_run_outlives_a_raylet(undisturbed: Finished, s3_server: S3Se
     assert furthest({k: found[k] for k in names}, {k: wanted[k] for k in names}) <= TOLERANCE
     begun = published_weights(registry, base_ref(recipe))
     assert furthest({k: found[k] for k in names}, {k: begun[k] for k in names}) > 10 * TOLERANCE
+    add_node(nodes)
+
+
+def test_a_killed_raylet_changes_nothing(undisturbed: Finished, nodes: Cluster, tmp_path: Path) -> None:
+    recipe = training_recipe(tmp_path, base=undisturbed.recipe.model.base, **PHASE)
+    registry = publish_inputs(recipe)
+    checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
+    step = random.SystemRandom().randrange(EVERY, STEPS // 2, EVERY)
+    print(f"killed after the state of step {step}")
+    with When(lambda: step in checkpoints.steps(), kill_raylet_of_a_worker) as killer:
+        result = train_phase(recipe, "p", registry)
+    assert killer.done
+    # What Ray Data coordinates its readers with must not have been on a node that may die.
+    coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+    where = coordinator.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+    assert ray.get(where) == ray.get_runtime_context().get_node_id()
+    attempts = {item.key.split("/")[3] for item in registry.store.list(f"{checkpoints.prefix}tensorboard/")}
+    assert len(attempts) == 2
+    expected = undisturbed.result.records
+    assert [record.step for record in result.records] == list(range(1, STEPS + 1))
+    assert [record.loss for record in result.records] == [record.loss for record in expected]
+    found = published_weights(registry, result.ref)
+    assert furthest(found, published_weights(undisturbed.registry, undisturbed.result.ref)) == 0.0
