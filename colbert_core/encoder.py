@@ -67,7 +67,7 @@ class ColBERT(nn.Module):
         rows = _word_embeddings(backbone).num_embeddings
         if len(tokenizer) > rows:
             raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the backbone {rows} embeddings")
-        self._position_offset, self.max_positions = _positions(backbone)
+        self._position_offset, self.max_positions = numbered_positions(backbone)
         for name in ("query_length", "document_length"):
             if self.max_positions is not None and getattr(config, name) > self.max_positions:
                 raise ConfigError(
@@ -311,7 +311,7 @@ def _hidden_size(backbone: PreTrainedModel) -> int:
     return int(backbone.config.hidden_size)
 
 
-def _positions(backbone: PreTrainedModel) -> tuple[int | None, int | None]:
+def numbered_positions(backbone: PreTrainedModel) -> tuple[int | None, int | None]:
     """How a backbone numbers positions.
 
     RoBERTa and its kin reserve the first rows of the position table for padding and number tokens from

@@ -28,10 +28,10 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from colbert_core.config import ColBERTConfig
-from colbert_core.encoder import ColBERT
+from colbert_core.encoder import ColBERT, numbered_positions
 from colbert_core.errors import ConfigError, ModelError, SchemaVersionError
 from colbert_core.formats_pylate import (
     MODULES_FILE,
@@ -151,8 +151,8 @@ def load_model(source: str | Path, *, overrides: ColBERTConfig | None = None) ->
             raise ModelError(f"{directory}: {LINEAR_KEY} is not the projection that {MODULES_FILE} leads to")
     else:
         projection = projection_of(tensors, directory)
-    config = overrides or _stored_config(layout, directory, tokenizer, projection)
     backbone = load_backbone(folder, tensors)
+    config = overrides or _stored_config(layout, directory, tokenizer, projection, backbone)
     return ColBERT(backbone, projection_from(projection), tokenizer, config).eval()
 
 
@@ -200,7 +200,11 @@ def _located(source: str | Path, patterns: Sequence[str] = _HUB_PATTERNS) -> Pat
 
 
 def _stored_config(
-    layout: Detected, directory: Path, tokenizer: PreTrainedTokenizerBase, projection: Tensor
+    layout: Detected,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    projection: Tensor,
+    backbone: PreTrainedModel,
 ) -> ColBERTConfig:
     dim = projection.shape[0]
     values: dict[str, Any]
@@ -217,7 +221,8 @@ def _stored_config(
         values, stated = tree["colbert"], tree["colbert"].get("dim")
     elif layout == "pylate":
         path = directory / MODULES_FILE
-        values, stated = read_settings(directory, tokenizer), dim
+        _, positions = numbered_positions(backbone)
+        values, stated = read_settings(directory, tokenizer, positions), dim
     else:
         path = directory / METADATA_FILE
         values, stated = read_metadata(directory, tokenizer), stated_dim(directory) or dim

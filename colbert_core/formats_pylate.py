@@ -144,8 +144,15 @@ def read_projection(directory: Path) -> Tensor:
     return folded.float()
 
 
-def read_settings(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def read_settings(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, positions: int | None
+) -> dict[str, Any]:
     """Keys of a :class:`ColBERTConfig`, ``dim`` excepted, from the files of either layout.
+
+    Args:
+        directory: of the model.
+        tokenizer: the backbone's.
+        positions: how many tokens the backbone can number (None: no bound).
 
     Raises:
         ModelError: the files ask for something that this model does not do; the key is named.
@@ -164,7 +171,7 @@ def read_settings(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
     mask_folders = [folder for kind, folder in _modules(directory) if kind == "MultiVectorMask"]
     is_prompt = "query_expansion" in transformer or bool(mask_folders)
     if is_prompt:
-        longest = transformer.get("max_seq_length") or _longest(backbone_folder(directory), tokenizer)
+        longest = _longest(transformer.get("max_seq_length"), tokenizer, positions)
         values |= _expansion_settings(
             transformer.get("query_expansion"), transformer.get("query_length") or longest, transformer_file
         )
@@ -258,11 +265,14 @@ def _dense_matrix(folder: Path) -> Tensor:
     return weight + tensors["residual.weight"]
 
 
-def _longest(directory: Path, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The length that sentence-transformers cuts texts to where its files name none."""
-    positions = read_object(directory / "config.json").get("max_position_embeddings")
-    limits = [limit for limit in (positions, tokenizer.model_max_length) if isinstance(limit, int)]
-    return min(limits, default=None)
+def _longest(stated: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int | None:
+    """The length that sentence-transformers cuts texts to.
+
+    It counts all rows of the position table, of which RoBERTa and its kin reserve the first: texts of its
+    514 tokens would fail there, and are cut to 512 here.
+    """
+    limits = [stated or tokenizer.model_max_length, positions]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
 def _expansion_settings(expansion: Any, longest: int | None, path: Path) -> dict[str, Any]:

@@ -252,9 +252,12 @@ _NO_IDS: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 def find_token(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
     """The id of exactly this token, or None where the vocabulary lacks it (and not the id of [UNK])."""
     index = tokenizer.convert_tokens_to_ids(token)
-    if not isinstance(index, int) or tokenizer.convert_ids_to_tokens(index) != token:
+    if not isinstance(index, int):
         return None
-    return index
+    if tokenizer.convert_ids_to_tokens(index) == token:
+        return index
+    # The way back gives an added token as it is matched: '[q] ' for '[Q] ' where text is lowercased first.
+    return index if tokenizer.added_tokens_encoder.get(token) == index else None
 
 
 def punctuation_ids(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int32]:

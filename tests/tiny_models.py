@@ -117,7 +117,8 @@ def tiny_xlmr_dir(path: Path, *, seed: int = 0, hidden: int = 32, layers: int = 
     ]
     specials = ["<s>", "<pad>", "</s>", "<unk>"]
     scored = [(piece, 0.0) for piece in specials]
-    scored += [(piece, -6.0 - 4.0 * (len(piece.strip("▁")) <= 1)) for piece in pieces]
+    # Each once: releases of tokenizers differ in whether they count a piece that is listed twice.
+    scored += [(piece, -6.0 - 4.0 * (len(piece.strip("▁")) <= 1)) for piece in dict.fromkeys(pieces)]
     scored.append(("<mask>", 0.0))
     tokenizer = XLMRobertaTokenizer(vocab=scored)
     config = XLMRobertaConfig(

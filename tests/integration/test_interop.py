@@ -7,6 +7,7 @@ tests are skipped. ``python -m benchmarks.interop`` does the same with models of
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ VARIABLES = {
 }
 BACKBONES = {
     "bert": tiny_bert_dir,
+    "lowercase-bert": partial(tiny_bert_dir, lower_case=True),
     "japanese-bert": tiny_japanese_dir,
     "xlm-r": tiny_xlmr_dir,
 }

@@ -289,6 +289,12 @@ def test_a_sentence_transformers_6_directory_is_read(models, copied):
     (directory / "sentence_bert_config.json").write_text("{}")
     settings = load_model(directory).config
     assert (settings.query_length, settings.document_length, settings.expand_queries) == (512, 512, False)
+    # And never beyond them: it takes the reserved rows of a position table for positions, as in RoBERTa.
+    edit(directory / "sentence_bert_config.json", max_seq_length=514)
+    settings = load_model(directory).config
+    assert (settings.query_length, settings.document_length) == (512, 512)
+    edit(directory / "sentence_bert_config.json", max_seq_length=100)
+    assert load_model(directory).config.document_length == 100
     edit(directory / "sentence_bert_config.json", query_expansion=expansion)
     edit(
         directory / "config_sentence_transformers.json", prompts={"query": "query: ", "document": "[unused1]"}

@@ -14,6 +14,7 @@ from colbert_core.errors import DataError, ModelError
 from colbert_core.text import (
     TextProcessor,
     TruncationCount,
+    find_token,
     punctuation_ids,
     query_length,
     skip_setting,
@@ -32,6 +33,17 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrained
         loaded[name] = AutoTokenizer.from_pretrained(path)
         loaded[name].add_tokens(["[unused0]", "[unused1]"], special_tokens=True)
     return loaded
+
+
+def test_a_token_is_found_as_it_was_added_where_text_is_lowercased(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models.tiny_bert_dir(tmp_path / "bert", lower_case=True))
+    assert find_token(tokenizer, "[Q] ") is None
+    # As PyLate adds its markers: to be matched in text that has gone through the normaliser.
+    tokenizer.add_tokens(["[Q] "])
+    tokenizer.save_pretrained(tmp_path / "added")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "added")
+    assert find_token(loaded, "[Q] ") == len(loaded) - 1
+    assert find_token(loaded, "[Q]") is None
 
 
 # The rows of the table in which the paper's rule and the released code differ or agree.
