@@ -36,7 +36,7 @@ from colbert_core.encoder import ColBERT
 from colbert_core.errors import IntegrityError
 from colbert_core.index import Codec, ShardWriter
 from colbert_core.index.shard import METADATA_FILE
-from colbert_core.precision import bf16_is_fast
+from colbert_core.precision import fast_precision
 
 _THREADS = 8
 # Files of a shard that grow with texts and ids, not with vectors.
@@ -83,7 +83,7 @@ class IndexWorker:
             texts,
             token_budget=self._config.token_budget,
             pool_factor=self._config.pool_factor,
-            precision="bf16" if bf16_is_fast(model.device) else "fp32",
+            precision=fast_precision(model.device),
         )
         self._area.store.put(self._area.vectors_key(chunk), vectors.vectors.half().numpy().tobytes())
         cut = model.text.truncation

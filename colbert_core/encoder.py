@@ -21,12 +21,11 @@ from colbert_core.batching import TokenBudgetBatches
 from colbert_core.config import ColBERTConfig
 from colbert_core.errors import ConfigError, DimensionError, ModelError, NonFiniteError
 from colbert_core.pooling import pool_vectors
+from colbert_core.precision import Precision
 from colbert_core.text import TextProcessor, TokenBatch, find_token
 from colbert_core.vectors import RaggedVectors
 
 __all__ = ["ColBERT", "RaggedVectors", "TokenBatch"]
-
-Precision = Literal["fp32", "bf16"]
 
 
 class ColBERT(nn.Module):

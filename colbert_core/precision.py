@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+Precision = Literal["fp32", "bf16"]
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -14,3 +18,8 @@ def bf16_is_fast(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities()
     return any(bool(found.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def fast_precision(device: torch.device) -> Precision:
+    """What texts are encoded in unless someone says otherwise: bfloat16 where that is fast."""
+    return "bf16" if bf16_is_fast(device) else "fp32"

@@ -27,7 +27,7 @@ from colbert_core.encoder import ColBERT
 from colbert_core.formats import load_model
 from colbert_core.maxsim import maxsim_matrix
 from colbert_core.pooling import pool_vectors
-from colbert_core.precision import bf16_is_fast
+from colbert_core.precision import fast_precision
 from colbert_core.pretrained import resolve_base
 from colbert_core.projection import pca_projection
 from colbert_core.vectors import RaggedVectors
@@ -134,7 +134,7 @@ def encoded(texts: Texts, spec: str | None, root: str | None, cache: Path) -> Ve
     if (folder / "set.json").exists():
         return VectorFiles(folder)
     model, name = find_model(spec, root, texts.documents)
-    precision = "bf16" if bf16_is_fast(model.device) else "fp32"
+    precision = fast_precision(model.device)
     documents = model.encode_documents(texts.documents, progress=True, precision=precision)
     queries = model.encode_queries(texts.questions, precision=precision)
     batch = model.text.documents(texts.documents)

@@ -22,10 +22,10 @@ from cluster.scorers.loading import load_complete
 from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource
 from colbert_core.batching import TokenBudgetBatches
-from colbert_core.encoder import ColBERT, Precision
+from colbert_core.encoder import ColBERT
 from colbert_core.exact import Ranking, exact_search
 from colbert_core.maxsim import maxsim_pairs
-from colbert_core.precision import bf16_is_fast
+from colbert_core.precision import bf16_is_fast, fast_precision
 from colbert_core.pretrained import resolve_base
 from colbert_core.text import TokenBatch
 from colbert_core.vectors import RaggedVectors
@@ -160,7 +160,7 @@ class ColBERTEncoder:
 
     def __init__(self, model: ColBERT) -> None:
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self._precision: Precision = "bf16" if bf16_is_fast(model.device) else "fp32"
+        self._precision = fast_precision(model.device)
 
     def queries(self, texts: Sequence[str]) -> RaggedVectors:
         return self.model.encode_queries(texts, token_budget=TOKEN_BUDGET, precision=self._precision)

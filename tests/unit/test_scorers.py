@@ -33,6 +33,7 @@ from cluster.scorers import (
 from cluster.scorers import Scorer as ScorerBase
 from cluster.scorers.encoders import PooledEncoder, VectorCache, VectorScorer
 from cluster.sources import LabelledSource
+from colbert_core import precision
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ConfigError, DataError, ModelError, NonFiniteError
 from colbert_core.formats import save_model
@@ -54,7 +55,7 @@ SOURCE = LabelledSource("words", CORPUS, QUERIES, {"q1": {"d1": 1}, "q2": {"d9":
 @pytest.fixture(autouse=True)
 def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 depends on the processor; the definitions are checked in fp32."""
-    for module in (encoders, cross_encoder):
+    for module in (precision, encoders, cross_encoder):
         monkeypatch.setattr(module, "bf16_is_fast", lambda _: False)
 
 
