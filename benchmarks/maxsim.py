@@ -112,7 +112,7 @@ def measure(case: str, folder: Path, processes: Mapping[str, Peer], rounds: int)
     """Times all methods on a case in turn, and the machine's products between them."""
     lengths = np.load(folder / "lengths.npy")
     work = 2e-9 * int(lengths.sum()) * QUERY * DIM
-    repeats = 3 if len(lengths) >= LONG else 15
+    repeats = 5 if len(lengths) >= LONG else 15
     scores = {}
     for method, process in processes.items():
         process.call("scores", method=method, folder=str(folder), out=str(folder / "scores.npy"))

@@ -9,8 +9,8 @@ All load one directory: multilingual-e5-small with a random projection. A step t
 questions with 8 each or 1 question with 32 each, of the same 16 questions; queries are expanded to 32
 tokens, passages cut at 300. It is forward pass, backward pass and one step of AdamW over all parameters,
 dropout on; 'bf16' is autocast over fp32 weights. Tokenising and collating are done before. Each library
-pads as its own collator does. The peers take turns, step by step, and a ratio is the median of the ratios
-of the same step.
+pads as its own collator does. This project and one peer take turns, step by step, and a ratio is the median
+of the ratios of the same step; all three at once would not fit 24 GB (a process takes up to 10 in fp32).
 """
 
 from __future__ import annotations
@@ -83,11 +83,19 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="folder with jaquad/dev; default: the samples")
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help="repeatable")
     parser.add_argument("--samples", type=int, default=Plan.samples, help="steps measured of each case")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        action="append",
+        choices=Plan.ways,
+        help="per question; default: all of these",
+    )
     parser.add_argument("--threads", type=int, default=2)
     add_precision_option(parser)
     parser.add_argument("--skip-ray", action="store_true", help="only the steps, not the loops")
     options = parser.parse_args()
-    plan = QUICK if options.quick else Plan(samples=options.samples)
+    full = Plan(ways=tuple(options.documents or Plan.ways), samples=options.samples)
+    plan = QUICK if options.quick else full
     pythons = dict(item.split("=", 1) for item in options.peer_python)
     if unknown := set(pythons) - set(PEERS):
         parser.error(f"--peer-python: no peer {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
@@ -139,22 +147,32 @@ class Benchmark:
     # -- steps ------------------------------------------------------------------------------------
 
     def steps(self, precisions: Sequence[str]) -> None:
-        """Steps of all libraries in turn; then where this project's time goes."""
+        """Steps of this project and of each peer in turn; then where this project's time goes."""
+        rivals: list[str | None] = [*self._pythons] or [None]
         for precision in precisions:
-            with ExitStack() as stack:
-                peers = {name: stack.enter_context(self._peer(name)) for name in (OURS, *self._pythons)}
-                lengths = {"query": QUERY_LENGTH, "document": DOCUMENT_LENGTH}
-                for name, peer in peers.items():
-                    self.peer_versions[name] = peer.call(
-                        "load", model=str(self._model), lengths=lengths, precision=precision, lr=LEARNING_RATE
-                    )
-                for ways in self._plan.ways:
-                    for shape in self._plan.lengths:
-                        self._case(peers, precision, ways, shape)
-                self._products(peers[OURS], precision)
+            for rival in rivals:
+                with ExitStack() as stack:
+                    names = [OURS] if rival is None else [OURS, rival]
+                    peers = {name: stack.enter_context(self._peer(name)) for name in names}
+                    lengths = {"query": QUERY_LENGTH, "document": DOCUMENT_LENGTH}
+                    for name, peer in peers.items():
+                        self.peer_versions[name] = peer.call(
+                            "load",
+                            model=str(self._model),
+                            lengths=lengths,
+                            precision=precision,
+                            lr=LEARNING_RATE,
+                        )
+                    for ways in self._plan.ways:
+                        for shape in self._plan.lengths:
+                            self._case(peers, rival, precision, ways, shape)
+                    if rival == rivals[-1]:
+                        self._products(peers[OURS], precision)
         self._print_steps()
 
-    def _case(self, peers: Mapping[str, Peer], precision: str, ways: int, shape: Lengths) -> None:
+    def _case(
+        self, peers: Mapping[str, Peer], rival: str | None, precision: str, ways: int, shape: Lengths
+    ) -> None:
         rows = self.texts.tuples(QUESTIONS, ways, shape)
         size = PASSAGES_PER_STEP // ways
         steps = [rows[first : first + size] for first in range(0, len(rows), size)]
@@ -180,11 +198,11 @@ class Benchmark:
             }
             for name, values in measured.items()
         }
-        for name in self._pythons:
-            ratios = [other / own for other, own in zip(measured[name], measured[OURS], strict=True)]
+        if rival is not None:
+            ratios = [other / own for other, own in zip(measured[rival], measured[OURS], strict=True)]
             ratio = statistics.median(ratios)
-            found["libraries"][name] |= {"ratio": ratio, "ratios": [min(ratios), max(ratios)]}
-            self.goals.append(Goal(f"{case}: steps/s over {name}", ratio, GOALS[shape][name]))
+            found |= {"rival": rival, "ratio": ratio, "ratios": [min(ratios), max(ratios)]}
+            self.goals.append(Goal(f"{case}: steps/s over {rival}", ratio, GOALS[shape][rival]))
         self.results["steps"].append(found)
         console.print(
             f"{case}: {', '.join(f'{n} {statistics.median(v):.2f} s' for n, v in measured.items())}"
@@ -205,19 +223,18 @@ class Benchmark:
         self.results["products"].append(found)
 
     def _print_steps(self) -> None:
-        names = (OURS, *self._pythons)
         table = Table(title=f"seconds of a step of {PASSAGES_PER_STEP} passages · {self.texts.name}")
-        for heading in ("lengths", "n", "precision", *names):
-            table.add_column(heading, justify="left" if heading == "lengths" else "right")
+        for heading in ("lengths", "n", "precision", OURS, "peer", "its", "ratio"):
+            table.add_column(heading, justify="left" if heading in ("lengths", "peer") else "right")
         for case in self.results["steps"]:
-            cells = []
-            for name in names:
-                found = case["libraries"][name]
-                cell = f"{found['seconds']:.3f} s · padding {found['padding']:.0%} · loss {found['loss']:.4f}"
-                if "ratio" in found:
-                    low, high = found["ratios"]
-                    cell += f"\n{found['ratio']:.2f}× ({low:.2f}–{high:.2f})"
-                cells.append(cell)
+            cells = [
+                f"{found['seconds']:.3f} s · padding {found['padding']:.0%} · loss {found['loss']:.4f}"
+                for found in case["libraries"].values()
+            ]
+            if "rival" in case:
+                low, high = case["ratios"]
+                cells.insert(1, case["rival"])
+                cells.append(f"{case['ratio']:.2f}× ({low:.2f}–{high:.2f})")
             table.add_row(case["lengths"], str(case["ways"]), case["precision"], *cells)
         console.print(table)
         for found in self.results["products"]:

@@ -30,7 +30,7 @@ from colbert_core.vectors import RaggedVectors
 # Most numbers of one intermediate block: what stays in a CPU's cache, and what fills a GPU.
 _BLOCK_CPU = 1 << 20
 _BLOCK_GPU = 1 << 25
-_CACHED_ROWS = 1024  # document vectors that stay in a core's cache beside the query's
+_FEWEST_ROWS = 1024  # document vectors that are worth a thread's while
 _CONVERTED_ROWS = 1 << 16  # document vectors converted to fp32 at a time
 
 
@@ -156,7 +156,11 @@ def _torch_blocks(queries: RaggedVectors, documents: RaggedVectors) -> Iterator[
 
 
 def _cpu_blocks(queries: RaggedVectors, documents: RaggedVectors) -> Iterator[tuple[int, int, Tensor]]:
-    """As :func:`_torch_blocks`, by a compiled kernel on as many threads as torch has."""
+    """As :func:`_torch_blocks`, by a compiled kernel on as many threads as torch has.
+
+    What else there is to do is left to numpy: torch would wake its own threads for it, which then keep the
+    cores of ours busy with waiting.
+    """
     # What trains or only encodes does without numba.
     from colbert_core.maxsim_kernels import COLUMNS, document_maxima
 
@@ -173,14 +177,13 @@ def _cpu_blocks(queries: RaggedVectors, documents: RaggedVectors) -> Iterator[tu
         first, last = int(documents.offsets[begin]), int(documents.offsets[end])
         rows = vectors[first:last].float().contiguous().numpy()
         offsets = documents.offsets[begin : end + 1].numpy() - first
-        best = torch.full((end - begin, width), -torch.inf).numpy()
-        # Rows of several column tiles come again and have to be in the cache then.
-        size = _CACHED_ROWS if width > COLUMNS else max(_CACHED_ROWS, len(rows) // (4 * threads))
+        best = torch.empty(end - begin, width).numpy()
+        best.fill(-np.inf)
+        size = max(_FEWEST_ROWS, len(rows) // (16 * threads))
         places = np.searchsorted(offsets, np.arange(size, len(rows), size))
         cuts = sorted({0, *places.tolist(), end - begin})
         parts = [(rows, offsets, i, j, padded.numpy(), best) for i, j in pairwise(cuts)]
         _on_threads(document_maxima, parts, threads)
-        # torch would wake its own threads for it, which then keep the cores of ours busy with waiting.
         block = np.empty((len(queries), end - begin), dtype=np.float32)
         for row, (left, right) in zip(block, pairwise(bounds), strict=True):
             best[:, left:right].sum(axis=1, out=row)

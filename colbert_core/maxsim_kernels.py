@@ -24,6 +24,7 @@ _LANES = 16 if _WIDE else 8
 _ROWS, _MIDDLE, _FEW = (14, 8, 4) if _WIDE else (6, 4, 2)
 COLUMNS = 2 * _LANES  # query vectors of a tile; the matrix of query vectors is padded to a multiple
 _FETCHED = 16  # floats of a cache line
+_CACHED_COLUMNS = 16 * COLUMNS  # of queries, which stay in a core's cache
 _AHEAD = 2  # tiles between the rows that are fetched and those that are computed with
 
 
@@ -119,7 +120,8 @@ def _fetch(builder: Any, address: Any) -> None:
 
 
 _raise_by_tile = _tile(_ROWS, fetch=True)
-_raise_by_middle = _tile(_MIDDLE, fetch=True)
+_raise_by_fetched_tile = _tile(_ROWS, fetch=False)
+_raise_by_middle = _tile(_MIDDLE, fetch=False)
 _raise_by_few = _tile(_FEW, fetch=False)
 _raise_by_row = _tile(1, fetch=False)
 
@@ -138,20 +140,27 @@ def document_maxima(documents, offsets, first, last, queries, best):  # type: ig
         queries: float32 ``[dim, width]``, C-contiguous; width is a multiple of ``COLUMNS``.
         best: float32 ``[n, width]``, C-contiguous, changed.
     """
-    for column in range(0, queries.shape[1], COLUMNS):
+    width = queries.shape[1]
+    for left in range(0, width, _CACHED_COLUMNS):
+        right = min(left + _CACHED_COLUMNS, width)
         for number in range(first, last):
             row, end = offsets[number], offsets[number + 1]
             if end - row < _ROWS:
                 for single in range(row, end):
-                    _raise_by_row(documents, single, queries, column, best, number)
+                    for column in range(left, right, COLUMNS):
+                        _raise_by_row(documents, single, queries, column, best, number)
                 continue
+            # All columns of a tile's rows in turn: the rows are read from memory once, and those of a later
+            # tile have the time of all columns to arrive.
             while row + _ROWS <= end:
-                _raise_by_tile(documents, row, queries, column, best, number)
+                _raise_by_tile(documents, row, queries, left, best, number)
+                for column in range(left + COLUMNS, right, COLUMNS):
+                    _raise_by_fetched_tile(documents, row, queries, column, best, number)
                 row += _ROWS
-            left = end - row
-            if left > _MIDDLE:
-                _raise_by_tile(documents, end - _ROWS, queries, column, best, number)
-            elif left > _FEW:
-                _raise_by_middle(documents, end - _MIDDLE, queries, column, best, number)
-            elif left > 0:
-                _raise_by_few(documents, end - _FEW, queries, column, best, number)
+            for column in range(left, right, COLUMNS):
+                if end - row > _MIDDLE:
+                    _raise_by_fetched_tile(documents, end - _ROWS, queries, column, best, number)
+                elif end - row > _FEW:
+                    _raise_by_middle(documents, end - _MIDDLE, queries, column, best, number)
+                elif end - row > 0:
+                    _raise_by_few(documents, end - _FEW, queries, column, best, number)

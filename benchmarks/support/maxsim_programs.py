@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.support.line_protocol import serve
 
 Score = Callable[[], Any]
+REST_SECONDS, WARM_SECONDS = 0.2, 0.1
 
 
 def ours(query: np.ndarray, documents: np.ndarray, lengths: np.ndarray) -> Score:
@@ -101,11 +102,11 @@ class Program:
         np.save(out, np.asarray(score(), dtype=np.float32))
 
     def time(self, method: str, folder: str, repeats: int) -> list[float]:
-        """Seconds of each of some calls, after one that is not counted."""
+        """Seconds of each of some calls."""
         return timed(self._scores[method, folder], repeats)
 
     def product(self, library: str, rows: int, inner: int, columns: int, repeats: int) -> list[float]:
-        """Seconds of each of some fp32 matrix products, after one that is not counted."""
+        """Seconds of each of some fp32 matrix products."""
         key = f"{library} {rows}×{inner}×{columns}"
         if key not in self._products:
             self._products[key] = matrix_product(library, rows, inner, columns)
@@ -127,8 +128,15 @@ def matrix_product(library: str, rows: int, inner: int, columns: int) -> Score:
 
 
 def timed(action: Score, repeats: int) -> list[float]:
-    """Seconds of each call, after one that is not counted."""
-    action()
+    """Seconds of each call, after a rest and a while of calls that are not counted.
+
+    Threads of a matrix library wait for their next product at full speed: what is timed right after it has
+    one core less. And a machine at rest takes a moment to give all that it has.
+    """
+    time.sleep(REST_SECONDS)
+    warm = time.perf_counter() + WARM_SECONDS
+    while time.perf_counter() < warm:
+        action()
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
