@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from cluster.config import TrainPhase
 from cluster.training_units import TokenisedUnit
 from colbert_core.batching import TokenBudgetBatches
 from colbert_core.distillation import distillation_loss
+from colbert_core.dropout import CpuDropout
 from colbert_core.encoder import ColBERT
 from colbert_core.maxsim import maxsim_pairs
 from colbert_core.vectors import RaggedVectors
@@ -135,10 +137,7 @@ class UnitObjective:
         """
         pieces, rows = [], []
         for part in batches:
-            if self._phase.gradient_checkpointing:
-                vectors = checkpoint(model, part.input_ids, part.attention_mask, use_reentrant=False)
-            else:
-                vectors = model(part.input_ids, part.attention_mask)
+            vectors = self._pass(model, part.input_ids, part.attention_mask)
             pieces.append(vectors[part.score])
             rows.append(part.rows)
         order = torch.cat(rows)
@@ -147,18 +146,28 @@ class UnitObjective:
         vectors = torch.cat(pieces)
         return RaggedVectors(vectors[place.to(vectors.device)], batches.lengths)
 
+    def _pass(self, model: ColBERT, ids: Tensor, mask: Tensor) -> Tensor:
+        if not self._phase.gradient_checkpointing:
+            return _vectors(model, ids, mask)
+        vectors: Tensor = checkpoint(_vectors, model, ids, mask, use_reentrant=False)
+        return vectors
+
     def _keep_company(self, model: ColBERT, passes: int) -> Tensor:
         """Forward passes whose gradient is zero, for ranks that must match the others' number."""
         device = next(model.parameters()).device
         ids = torch.full((1, 1), model.text.document_marker_id, device=device)
         total = torch.zeros((), device=device)
         for _ in range(max(1, passes)):
-            if self._phase.gradient_checkpointing:
-                vectors = checkpoint(model, ids, torch.ones_like(ids), use_reentrant=False)
-            else:
-                vectors = model(ids, torch.ones_like(ids))
+            vectors = self._pass(model, ids, torch.ones_like(ids))
             total = total + vectors.sum() * 0.0
         return total
+
+
+def _vectors(model: ColBERT, ids: Tensor, mask: Tensor) -> Tensor:
+    """A forward pass, made again in the backward pass with gradient checkpointing."""
+    with CpuDropout() if ids.device.type == "cpu" else nullcontext():
+        vectors: Tensor = model(ids, mask)
+    return vectors
 
 
 def _others(unit: TokenisedUnit, queries: RaggedVectors, documents: RaggedVectors) -> Tensor:

@@ -9,8 +9,12 @@ import ray
 
 
 @contextmanager
-def local_ray(*, num_cpus: int = 4, object_store_mb: int = 200) -> Iterator[str]:
-    """Starts a Ray of its own and stops it; gives the address for other processes to join it."""
+def local_ray(*, num_cpus: int = 2, object_store_mb: int = 200) -> Iterator[str]:
+    """Starts a Ray of its own and stops it; gives the address for other processes to join it.
+
+    It has no more CPUs than two training workers hold: each has one reader then, and each process costs a
+    test many seconds of imports.
+    """
     ray.init(
         address="local",
         num_cpus=num_cpus,

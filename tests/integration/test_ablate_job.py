@@ -36,7 +36,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree: dict[str, Any] = {
         "name": "study",
         "storage": {"root": str(root / "store"), "cache_dir": str(root / "cache")},
-        "ray": {"num_cpus": 4, "object_store_mb": 100},
+        "ray": {"num_cpus": 2, "object_store_mb": 100},
         "model": {
             "name": "tiny",
             "base": str(tiny_bert_dir(root / "base")),

@@ -265,7 +265,7 @@ def test_malformed_tuples_stop_the_run_at_once(undisturbed: Finished, tmp_path: 
     def damage(rows: list[dict[str, Any]]) -> None:
         rows[41]["scores"][2] = float("nan")
 
-    recipe = training_recipe(tmp_path, base=undisturbed.recipe.model.base, num_workers=2)
+    recipe = training_recipe(tmp_path, base=undisturbed.recipe.model.base)
     registry = publish_inputs(recipe, change=damage)
     with pytest.raises(DataError, match=r"part-1.parquet: row 12 \(query q41\): score 2 is nan"):
         train_phase(recipe, "p", registry)
