@@ -10,7 +10,7 @@ questions with 8 each or 1 question with 32 each, of the same 16 questions; quer
 tokens, passages cut at 300. It is forward pass, backward pass and one step of AdamW over all parameters,
 dropout on; 'bf16' is autocast over fp32 weights. Tokenising and collating are done before. Each library
 pads as its own collator does. This project and one peer take turns, step by step, and a ratio is the median
-of the ratios of the same step; all three at once would not fit 24 GB (a process takes up to 10 in fp32).
+of the ratios of the same step; all three at once would not fit 24 GB (a process takes up to 11 in fp32).
 """
 
 from __future__ import annotations
