@@ -167,7 +167,9 @@ class TrainingLoop:
                     work.passes = max(work.passes, least)
                     outcomes.append(self._engine.backward(work, work.unit.slot.weight))
                 elif self._engine.collective_forward:
-                    self._engine.backward(UnitWork(None, (), least), 0.0)
+                    idle = self._objective.prepare(self._model, None)
+                    idle.passes = least
+                    self._engine.backward(idle, 0.0)
         return outcomes
 
     def _gather(self, units: list[TokenisedUnit], outcomes: list[UnitOutcome], wait_s: float) -> StepFigures:

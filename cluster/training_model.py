@@ -8,6 +8,7 @@ from torch import nn
 from cluster.config import TrainPhase
 from cluster.engine import Precision
 from cluster.training_figures import WorkerGroup
+from colbert_core.attention import CPU_ATTENTION
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ConfigError
 from colbert_core.precision import bf16_is_fast
@@ -32,8 +33,8 @@ def prepare_model(model: ColBERT, phase: TrainPhase) -> ColBERT:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, phase.dropout)
     if not phase.gpus_per_worker:
-        # On a CPU the backward pass of fused attention takes twice as long as the plain one.
-        model.backbone.set_attn_implementation("eager")
+        # On a CPU the backward pass of torch's fused attention takes twice as long as the plain one.
+        model.backbone.set_attn_implementation(CPU_ATTENTION)
     return model.train()
 
 

@@ -79,7 +79,8 @@ def build_optimizer(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -
         return GroupwiseScheduleFree(
             plain, lr=config.lr, betas=config.betas, eps=config.eps, warmup_steps=config.warmup_steps
         )
-    return torch.optim.AdamW(plain, lr=config.lr, betas=config.betas, eps=config.eps)
+    # Fused, a step reads and writes each of a parameter's four tensors once.
+    return torch.optim.AdamW(plain, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def reset_state(

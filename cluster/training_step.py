@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,13 +30,23 @@ class UnitWork:
     Attributes:
         unit: the unit, or None on a rank that only keeps the others company.
         batches: the unit's queries and documents in padded batches; of None, none.
+        words: int64, sorted: the token ids that the passes meet.
         passes: forward passes to make in all. What the batches leave is filled up with a single short
             text that has no part in the loss.
     """
 
     unit: TokenisedUnit | None
     batches: Sequence[TokenBudgetBatches]
+    words: Tensor
     passes: int
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Token ids int64 ``[n]``, sorted, and their embeddings ``[n, hidden]``."""
+
+    ids: Tensor
+    embeddings: Tensor
 
 
 @dataclass
@@ -76,27 +87,32 @@ class UnitObjective:
         Not part of the call: under ZeRO-3, merely looking at a parameter inside the forward pass, as
         the model does to find its device, is a collective that every rank would have to join.
         """
-        if unit is None:
-            return UnitWork(None, (), 0)
         device = next(model.parameters()).device
+        marker = model.text.document_marker_id
+        if unit is None:
+            return UnitWork(None, (), torch.tensor([marker], device=device), 0)
         # Padding is not attended to, so any id serves a tokenizer that has none of its own.
         pad = model.tokenizer.pad_token_id if isinstance(model.tokenizer.pad_token_id, int) else 0
         batches = [
             TokenBudgetBatches(batch, self._phase.token_budget, pad, device)
             for batch in (unit.queries, unit.documents)
         ]
-        return UnitWork(unit, batches, sum(len(padded) for padded in batches))
+        ids = [ids for batch in (unit.queries, unit.documents) for ids in batch.ids]
+        words = torch.from_numpy(np.unique(np.concatenate([*ids, [pad, marker]]).astype(np.int64)))
+        return UnitWork(unit, batches, words.to(device), sum(len(padded) for padded in batches))
 
     def __call__(self, module: nn.Module, work: UnitWork) -> tuple[Tensor, UnitOutcome]:
         assert isinstance(module, ColBERT)
         idle = work.passes - sum(len(padded) for padded in work.batches)
+        # Looked up once, not in each pass: every lookup's gradient is as large as the whole table.
+        words = _Words(work.words, module.word_embeddings(work.words))
         if work.unit is None:
-            return self._keep_company(module, idle), UnitOutcome()
+            return self._keep_company(module, words, idle), UnitOutcome()
         unit, outcome = work.unit, UnitOutcome()
         torch.manual_seed(_stream(self._phase.seed, unit.slot.position))
         vectors = []
         for batch, padded in zip((unit.queries, unit.documents), work.batches, strict=True):
-            vectors.append(self._encode(module, padded))
+            vectors.append(self._encode(module, words, padded))
             tokens = sum(len(ids) for ids in batch.ids)
             outcome.tokens += tokens
             outcome.padding += round(tokens / (1.0 - padded.padding_fraction)) - tokens
@@ -104,7 +120,7 @@ class UnitObjective:
         with torch.autocast(queries.vectors.device.type, enabled=False):
             loss = self._loss(unit, queries, documents, outcome)
         if idle > 0:
-            loss = loss + self._keep_company(module, idle)
+            loss = loss + self._keep_company(module, words, idle)
         return loss, outcome
 
     def _loss(
@@ -128,7 +144,7 @@ class UnitObjective:
             outcome.non_finite = f"the loss is {outcome.loss} over the tuples {', '.join(unit.labels)}"
         return loss
 
-    def _encode(self, model: ColBERT, batches: TokenBudgetBatches) -> RaggedVectors:
+    def _encode(self, model: ColBERT, words: _Words, batches: TokenBudgetBatches) -> RaggedVectors:
         """As ``ColBERT.encode_tokens``, but each batch's activations may be recomputed in backward.
 
         With gradient checkpointing the memory of a unit is its vectors plus the activations of one
@@ -137,7 +153,7 @@ class UnitObjective:
         """
         pieces, rows = [], []
         for part in batches:
-            vectors = self._pass(model, part.input_ids, part.attention_mask)
+            vectors = self._pass(model, words, part.input_ids, part.attention_mask)
             pieces.append(vectors[part.score])
             rows.append(part.rows)
         order = torch.cat(rows)
@@ -146,27 +162,28 @@ class UnitObjective:
         vectors = torch.cat(pieces)
         return RaggedVectors(vectors[place.to(vectors.device)], batches.lengths)
 
-    def _pass(self, model: ColBERT, ids: Tensor, mask: Tensor) -> Tensor:
+    def _pass(self, model: ColBERT, words: _Words, ids: Tensor, mask: Tensor) -> Tensor:
+        places = torch.searchsorted(words.ids, ids)
         if not self._phase.gradient_checkpointing:
-            return _vectors(model, ids, mask)
-        vectors: Tensor = checkpoint(_vectors, model, ids, mask, use_reentrant=False)
+            return _vectors(model, words.embeddings, places, mask)
+        vectors: Tensor = checkpoint(_vectors, model, words.embeddings, places, mask, use_reentrant=False)
         return vectors
 
-    def _keep_company(self, model: ColBERT, passes: int) -> Tensor:
+    def _keep_company(self, model: ColBERT, words: _Words, passes: int) -> Tensor:
         """Forward passes whose gradient is zero, for ranks that must match the others' number."""
         device = next(model.parameters()).device
         ids = torch.full((1, 1), model.text.document_marker_id, device=device)
         total = torch.zeros((), device=device)
         for _ in range(max(1, passes)):
-            vectors = self._pass(model, ids, torch.ones_like(ids))
+            vectors = self._pass(model, words, ids, torch.ones_like(ids))
             total = total + vectors.sum() * 0.0
         return total
 
 
-def _vectors(model: ColBERT, ids: Tensor, mask: Tensor) -> Tensor:
+def _vectors(model: ColBERT, embeddings: Tensor, places: Tensor, mask: Tensor) -> Tensor:
     """A forward pass, made again in the backward pass with gradient checkpointing."""
-    with CpuDropout() if ids.device.type == "cpu" else nullcontext():
-        vectors: Tensor = model(ids, mask)
+    with CpuDropout() if places.device.type == "cpu" else nullcontext():
+        vectors: Tensor = model(F.embedding(places, embeddings), mask)
     return vectors
 
 

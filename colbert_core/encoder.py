@@ -132,27 +132,32 @@ class ColBERT(nn.Module):
     def device(self) -> torch.device:
         return self.projection.weight.device
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def word_embeddings(self, input_ids: Tensor) -> Tensor:
+        """The backbone's embeddings of token ids of any shape, without positions: ``[..., hidden]``."""
+        embeddings: Tensor = _word_embeddings(self.backbone)(input_ids)
+        return embeddings
+
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """The backbone's last hidden states ``[n, length, hidden]``; see :meth:`forward`."""
-        extra = {}
+        given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
         if self._position_offset is not None:
             # These models count positions over ids that are not padding; ours are known.
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device) + self._position_offset
-            extra["position_ids"] = positions.expand_as(input_ids)
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
+            positions = torch.arange(tokens.shape[1], device=tokens.device) + self._position_offset
+            given["position_ids"] = positions.expand(tokens.shape[:2])
+        return self.backbone(attention_mask=attention_mask, **given).last_hidden_state
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Token vectors of padded texts.
 
         Args:
-            input_ids: int64 ``[n, length]``.
+            tokens: int64 ids ``[n, length]``, or their :meth:`word_embeddings` ``[n, length, hidden]``.
             attention_mask: int64 or bool ``[n, length]``: 1 where other tokens may attend. A position
                 with 0 still gets a vector (that of a [MASK] token counts; that of padding means nothing).
 
         Returns:
             fp32 ``[n, length, dim]``, each vector of length 1.
         """
-        projected = self.projection(self.hidden_states(input_ids, attention_mask))
+        projected = self.projection(self.hidden_states(tokens, attention_mask))
         return F.normalize(projected.float(), dim=-1)
 
     def batches(self, batch: TokenBatch, token_budget: int = 16_384) -> TokenBudgetBatches:

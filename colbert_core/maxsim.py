@@ -12,19 +12,16 @@ backward on one core, against 52 ms through a padded maximum and 74 ms through `
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from colbert_core.errors import DimensionError
+from colbert_core.threads import on_threads
 from colbert_core.vectors import RaggedVectors
 
 # Most numbers of one intermediate block: what stays in a CPU's cache, and what fills a GPU.
@@ -162,7 +159,8 @@ def _cpu_blocks(queries: RaggedVectors, documents: RaggedVectors) -> Iterator[tu
     cores of ours busy with waiting.
     """
     # What trains or only encodes does without numba.
-    from colbert_core.maxsim_kernels import COLUMNS, document_maxima
+    from colbert_core.maxsim_kernels import document_maxima
+    from colbert_core.vector_code import COLUMNS
 
     columns, threads = len(queries.vectors), torch.get_num_threads()
     width = -(-columns // COLUMNS) * COLUMNS
@@ -183,32 +181,11 @@ def _cpu_blocks(queries: RaggedVectors, documents: RaggedVectors) -> Iterator[tu
         places = np.searchsorted(offsets, np.arange(size, len(rows), size))
         cuts = sorted({0, *places.tolist(), end - begin})
         parts = [(rows, offsets, i, j, padded.numpy(), best) for i, j in pairwise(cuts)]
-        _on_threads(document_maxima, parts, threads)
+        on_threads(document_maxima, parts, threads)
         block = np.empty((len(queries), end - begin), dtype=np.float32)
         for row, (left, right) in zip(block, pairwise(bounds), strict=True):
             best[:, left:right].sum(axis=1, out=row)
         yield begin, end, torch.from_numpy(block)
-
-
-def _on_threads(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], threads: int) -> None:
-    """Makes the calls on so many threads, this one among them."""
-    waiting = iter(calls)
-
-    def work() -> None:
-        for arguments in waiting:  # each is given out once, whoever asks
-            function(*arguments)
-
-    helpers = min(threads, len(calls)) - 1
-    others = [_helpers(threads, os.getpid()).submit(work) for _ in range(helpers)]
-    work()
-    for other in others:
-        other.result()
-
-
-@lru_cache(maxsize=4)
-def _helpers(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads beside the calling one; a forked process gets its own."""
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix=f"maxsim-{process}")
 
 
 def _pair_scores(

@@ -67,9 +67,11 @@ class Program:
             ]
             for number, rows in enumerate(steps)
         ]
-        documents = [unit.documents for (unit,) in self._units]
-        tokens = sum(len(ids) for batch in documents for ids in batch.ids)
-        padded = sum(part.input_ids.numel() for batch in documents for part in self._model.batches(batch))
+        tokens = padded = 0
+        for (unit,) in self._units:
+            tokens += sum(len(ids) for ids in unit.documents.ids)
+            _, documents = self._objective.prepare(self._model, unit).batches
+            padded += sum(part.input_ids.numel() for part in documents)
         return {"tokens": tokens, "padding": 1 - tokens / padded}
 
     def loss(self, index: int) -> float:

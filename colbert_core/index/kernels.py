@@ -10,7 +10,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from colbert_core.index.vector_ops import BYTES, fetch, sum_of_best_bytes
+from colbert_core.index.vector_ops import BYTES, sum_of_best_bytes
+from colbert_core.vector_code import fetch
 
 LANES = BYTES  # query tokens are padded to a multiple of this, so that inner loops have a fixed length
 BLOCK = 32  # centroids per block of the block maxima

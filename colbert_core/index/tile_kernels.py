@@ -19,7 +19,7 @@ from colbert_core.index.integer_tiles import (
     unpack_row,
 )
 from colbert_core.index.kernels import BLOCK, jit
-from colbert_core.index.vector_ops import fetch
+from colbert_core.vector_code import fetch
 
 _LINE_FLOATS = 16
 _TILES = 8  # of the rows that are assigned to centroids together

@@ -15,9 +15,6 @@ from numba.extending import intrinsic
 BYTES = 32
 
 
-_LINE = 64  # bytes of a cache line
-
-
 @intrinsic
 def sum_of_best_bytes(typing_context: Any, codes: Any, begin: Any, end: Any, table: Any, first: Any) -> Any:
     """Sums the columns' largest bytes of ``table[codes[begin:end], first:first + 32]``, as int64.
@@ -53,30 +50,5 @@ def sum_of_best_bytes(typing_context: Any, codes: Any, begin: Any, end: Any, tab
         kind = ir.FunctionType(ir.IntType(16), [wide])
         add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{BYTES}i16")
         return builder.zext(builder.call(add, [builder.zext(builder.load(best), wide)]), index)
-
-    return signature, generate
-
-
-@intrinsic
-def fetch(typing_context: Any, array: Any, position: Any, lines: Any) -> Any:
-    """Asks for cache lines from ``array.flat[position]`` on, which may lie outside of the array.
-
-    Args:
-        array: C-contiguous.
-        position: int64.
-        lines: int64, how many.
-    """
-    signature = types.void(array, types.int64, types.int64)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        flag, index, byte = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        start = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        with cgutils.for_range(builder, arguments[2], intp=index) as loop:
-            line = builder.gep(start, [builder.mul(loop.index, ir.Constant(index, _LINE))])
-            builder.call(function, [line, flag(0), flag(3), flag(1)])
-        return context.get_dummy_value()
 
     return signature, generate

@@ -297,7 +297,7 @@ def encoder(folder: Path) -> dict[str, Any]:
     from cluster.engine import TrainingEngine
     from cluster.streams import TrainingTuple, UnitSlot
     from cluster.training_model import prepare_model
-    from cluster.training_step import UnitObjective, UnitWork
+    from cluster.training_step import UnitObjective
     from cluster.training_units import tokenise_unit
     from colbert_core.config import ColBERTConfig
     from colbert_core.encoder import ColBERT
@@ -348,7 +348,9 @@ def encoder(folder: Path) -> dict[str, Any]:
                         mine[turn].passes = least if stage == 3 else mine[turn].passes
                         engine.backward(mine[turn], weight)
                     elif stage == 3:
-                        engine.backward(UnitWork(None, (), least), 0.0)
+                        idle = run.prepare(model, None)
+                        idle.passes = least
+                        engine.backward(idle, 0.0)
             engine.update()
         results[case] = engine.averaged_weights()
         found["passes"] = counts
