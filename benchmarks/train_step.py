@@ -165,14 +165,13 @@ class Benchmark:
                         )
                     for ways in self._plan.ways:
                         for shape in self._plan.lengths:
-                            self._case(peers, rival, precision, ways, shape)
+                            self._case(peers, precision, ways, shape)
                     if rival == rivals[-1]:
                         self._products(peers[OURS], precision)
         self._print_steps()
 
-    def _case(
-        self, peers: Mapping[str, Peer], rival: str | None, precision: str, ways: int, shape: Lengths
-    ) -> None:
+    def _case(self, peers: Mapping[str, Peer], precision: str, ways: int, shape: Lengths) -> None:
+        rival = next((name for name in peers if name != OURS), None)
         rows = self.texts.tuples(QUESTIONS, ways, shape)
         size = PASSAGES_PER_STEP // ways
         steps = [rows[first : first + size] for first in range(0, len(rows), size)]

@@ -13,10 +13,10 @@ from cluster.artifacts import ArtifactRef, index_ref, scorer_identity
 from cluster.config import Recipe, System, fingerprint
 from cluster.data_files import DataFiles, source_files
 from cluster.mining import stable_hash
-from cluster.models import ensure_base, load_model_ref, resolve_model
+from cluster.models import load_model_ref, resolve_model
 from cluster.registry import Registry
-from cluster.scorers import Ensemble, Scorer, build_scorer
-from cluster.scorers.encoders import ColBERTEncoder, VectorScorer
+from cluster.scorers import Ensemble, Scorer, build_scorer, model_scorer
+from cluster.scorers.encoders import ColBERTEncoder
 from cluster.sources import LabelledSource, load_source
 from colbert_core.config import SearchConfig
 from colbert_core.errors import ConfigError
@@ -111,17 +111,14 @@ class Evaluator:
         return self._run_index(ref) if system.index else self._run_model(ref)
 
     def _run_model(self, ref: ArtifactRef) -> Run:
-        if ref == resolve_model(self.recipe, self.registry, "base"):
-            ensure_base(self.recipe, self.registry)
-        encoder = ColBERTEncoder(load_model_ref(self.registry, ref))
-        return self._searched(VectorScorer(str(ref), self.source, encoder))
+        return self._searched(model_scorer(self.recipe, str(ref), self.source, ref, self.registry))
 
     def _run_index(self, model: ArtifactRef) -> Run:
         from colbert_core.index import open_index
 
         searcher = open_index(self.registry.pull(self._index_of(model)))
         encoder = ColBERTEncoder(load_model_ref(self.registry, model))
-        queries = encoder.queries(list(self.source.labelled_queries.values()))
+        queries = encoder.queries(list(self.source.labelled_queries.values())).vectors
         settings = self.recipe.serve.search if self.recipe.serve else SearchConfig()
         hits = searcher.search([vectors.numpy() for vectors in queries], self.depth, settings)
         return {

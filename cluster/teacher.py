@@ -1,4 +1,4 @@
-"""The teacher at work: candidates in, scored tuples out, part by part over Ray Data actors."""
+"""The teacher at work: candidates in, scored tuples out, part by part, in this process or over actors."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def score_parts(
     paths: Sequence[str],
     staged: StagedArtifact,
 ) -> TeacherCounts:
-    """Scores the parts of published candidates that are not uploaded yet, over a pool of scorer actors.
+    """Scores the parts of published candidates that are not uploaded yet.
 
-    A part is scored by one actor and uploaded under the same name. Needs a running Ray.
+    A part is scored by one worker and uploaded under the same name.
 
     Returns:
         The counts of all parts, those of an earlier, killed job included.
@@ -95,26 +95,13 @@ def score_parts(
     done = staged.parts()
     missing = [path for path in paths if path not in done]
     if missing:
-        # The job shows its own bar, in parts; Ray Data's log of blocks says nothing to its user.
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        dataset = ray.data.from_items([{"path": path} for path in missing], override_num_blocks=len(missing))
-        results = dataset.map_batches(
-            PartScorer,
-            fn_constructor_args=(recipe, tuples, scoring, candidates, staged),
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=min(scoring.workers, len(missing))),
-            num_cpus=scoring.cpus_per_worker,
-            num_gpus=scoring.gpus_per_worker,
-        )
+        scorer = PartScorer(recipe, tuples, scoring, candidates, staged)
+        scored = map(scorer.score, missing) if scoring.in_process else _by_actors(scorer, missing)
         with progress() as bar:
             task = bar.add_task(
                 f"{tuples}: parts scored", total=len(paths), completed=len(paths) - len(missing)
             )
-            for row in results.iter_rows():
-                if row["error"]:
-                    raise getattr(errors, row["error"], RaycolbertError)(row["message"])
+            for _ in scored:
                 bar.advance(task)
     total = TeacherCounts()
     store = staged.store
@@ -127,22 +114,34 @@ def score_parts(
     return total
 
 
-class PartScorer:
-    """An actor that scores parts; it builds its scorers once."""
+def _by_actors(scorer: PartScorer, paths: Sequence[str]) -> Iterator[Any]:
+    """Scores parts over a pool of Ray Data actors; needs a running Ray."""
+    # The job shows its own bar, in parts; Ray Data's log of blocks says nothing to its user.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    dataset = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=len(paths))
+    scoring = scorer.scoring
+    results = dataset.map_batches(
+        _ScoringActor,
+        fn_constructor_args=(scorer,),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=min(scoring.workers, len(paths))),
+        num_cpus=scoring.cpus_per_worker,
+        num_gpus=scoring.gpus_per_worker,
+    )
+    for row in results.iter_rows():
+        if row["error"]:
+            raise getattr(errors, row["error"], RaycolbertError)(row["message"])
+        yield row
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        tuples: str,
-        scoring: Scoring,
-        candidates: ArtifactRef,
-        staged: StagedArtifact,
-    ) -> None:
-        self._recipe = recipe
-        self._tuples = tuples
-        self._scoring = scoring
-        self._candidates = candidates
-        self._staged = staged
+
+class _ScoringActor:
+    """An actor that scores parts."""
+
+    def __init__(self, scorer: PartScorer) -> None:
+        torch.set_num_threads(max(1, int(scorer.scoring.cpus_per_worker)))
+        self._scorer = scorer
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """Scores the parts in ``path``; a typed error is told by class name and message.
@@ -152,12 +151,30 @@ class PartScorer:
         paths = [str(path) for path in batch["path"]]
         try:
             for path in paths:
-                self._score(path)
+                self._scorer.score(path)
         except RaycolbertError as error:
             name, message = type(error).__name__, str(error)
         else:
             name, message = "", ""
         return {"path": paths, "error": [name] * len(paths), "message": [message] * len(paths)}
+
+
+class PartScorer:
+    """Scores parts; it builds its scorers once, with the first part."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tuples: str,
+        scoring: Scoring,
+        candidates: ArtifactRef,
+        staged: StagedArtifact,
+    ) -> None:
+        self.scoring = scoring
+        self._recipe = recipe
+        self._tuples = tuples
+        self._candidates = candidates
+        self._staged = staged
 
     @cached_property
     def _registry(self) -> Registry:
@@ -165,13 +182,12 @@ class PartScorer:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        """The teacher, built with the first part."""
-        torch.set_num_threads(max(1, int(self._scoring.cpus_per_worker)))
         mining = self._recipe.data.tuples[self._tuples].mine
         source = load_source(self._recipe, mining.source) if mining else None
-        return build_ensemble(self._recipe, self._tuples, self._scoring.scorers, source, self._registry)
+        return build_ensemble(self._recipe, self._tuples, self.scoring.scorers, source, self._registry)
 
-    def _score(self, path: str) -> None:
+    def score(self, path: str) -> None:
+        """Scores the part of this name and uploads it."""
         counts = TeacherCounts()
         before = self._scorer.statistics()
         # All at once: a document that several queries ask for is encoded once, and batches are even.
@@ -198,7 +214,7 @@ class PartScorer:
         )
         found = []
         for number, (row, values) in enumerate(zip(rows, scores, strict=True), start=1):
-            final = minmax(values) if self._scoring.normalize else values
+            final = minmax(values) if self.scoring.normalize else values
             scored = row | {"scores": np.asarray(final, dtype=np.float32).tolist()}
             found.append(check_row(scored, f"{self._candidates} {path} row {number}"))
         return found

@@ -191,7 +191,7 @@ class ColBERT(nn.Module):
 
     def encode_queries(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str] | TokenBatch,
         *,
         token_budget: int = 16_384,
         progress: bool = False,
@@ -200,7 +200,7 @@ class ColBERT(nn.Module):
         """Query vectors for search: no gradients, no dropout, under the configured length rule.
 
         Args:
-            texts: the queries.
+            texts: the queries, or what ``text.queries`` made of them.
             token_budget: most tokens of one batch, padding included.
             progress: show a progress bar, if the output is a terminal.
             precision: ``bf16`` runs the matrix products in bfloat16.
@@ -212,11 +212,12 @@ class ColBERT(nn.Module):
             DataError: an item is not a text.
             NonFiniteError: a vector holds a NaN or an infinity; the message names the text's position.
         """
-        return self._encode(self.text.queries(texts), token_budget, progress, precision, "queries")
+        batch = texts if isinstance(texts, TokenBatch) else self.text.queries(texts)
+        return self._encode(batch, token_budget, progress, precision, "queries")
 
     def encode_documents(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str] | TokenBatch,
         *,
         token_budget: int = 16_384,
         progress: bool = False,
@@ -226,13 +227,14 @@ class ColBERT(nn.Module):
         """Document vectors for an index; as :meth:`encode_queries`.
 
         Args:
-            texts: the documents.
+            texts: the documents, or what ``text.documents`` made of them.
             token_budget: most tokens of one batch, padding included.
             progress: show a progress bar, if the output is a terminal.
             pool_factor: keep one vector in this many, see :func:`colbert_core.pooling.pool_vectors`.
             precision: ``bf16`` runs the matrix products in bfloat16.
         """
-        vectors = self._encode(self.text.documents(texts), token_budget, progress, precision, "documents")
+        batch = texts if isinstance(texts, TokenBatch) else self.text.documents(texts)
+        vectors = self._encode(batch, token_budget, progress, precision, "documents")
         return pool_vectors(vectors, pool_factor) if pool_factor > 1 else vectors
 
     def _encode(

@@ -33,11 +33,13 @@ class TokenBatch:
         attend: per text, bool ``[length]``: may other tokens attend to this one.
         score: per text, bool ``[length]``: does this token yield a vector. All tokens of a query do;
             of a document, all but ASCII punctuation.
+        cut: per text, whether its end was cut off; empty if nobody says.
     """
 
     ids: list[NDArray[np.int32]]
     attend: list[NDArray[np.bool_]]
     score: list[NDArray[np.bool_]]
+    cut: list[bool] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -171,6 +173,7 @@ class TextProcessor:
             batch.ids.append(np.asarray(ids, dtype=np.int32))
             batch.attend.append(attend)
             batch.score.append(np.ones(length, dtype=np.bool_))
+            batch.cut.append(dropped > 0)
         return batch
 
     def documents(self, texts: Sequence[str]) -> TokenBatch:
@@ -194,6 +197,7 @@ class TextProcessor:
             batch.ids.append(array)
             batch.attend.append(np.ones(len(array), dtype=np.bool_))
             batch.score.append(~np.isin(array, self.skip_ids))
+            batch.cut.append(dropped > 0)
         return batch
 
     def _marker_id(self, marker: str) -> int:

@@ -19,7 +19,8 @@ from cluster.published_model import published_models
 from cluster.ray_session import has_cluster, ray_session
 from cluster.registry import Parent, Registry
 from cluster.report import Report
-from cluster.scorers.encoders import ColBERTEncoder, VectorScorer
+from cluster.scorers.encoders import ColBERTEncoder
+from cluster.scorers.vectors import VectorScorer
 from cluster.sources import LabelledSource, load_source
 from colbert_core.averaging import Soup, average_models, greedy_soup
 from colbert_core.errors import ArtifactNotFound, ConfigError
@@ -193,7 +194,7 @@ def _dev_score(source: LabelledSource, directory: Path, metric: str) -> float:
             f"average.greedy.metric {metric!r}: a metric at a rank is expected, such as nDCG@10"
         )
     query_ids = list(source.labelled_queries)
-    scorer = VectorScorer("greedy soup", source, ColBERTEncoder(load_model(directory)))
+    scorer = VectorScorer("greedy soup", source, lambda: ColBERTEncoder(load_model(directory)))
     ranking = scorer.search(query_ids, int(depth))
     found = {query: dict(hits) for query, hits in zip(query_ids, ranking, strict=True)}
     return evaluate_run(found, source.qrels, [metric])[metric]

@@ -57,7 +57,7 @@ def _mine(recipe: Recipe, name: str, config: Mining, registry: Registry, report:
     names = list(dict.fromkeys(pool.scorer for pool in config.pools))
     with report.timed(f"{name}: mining"), ExitStack() as stack:
         scorers: dict[str, Scorer]
-        if config.workers == 1 and config.gpus_per_worker == 0:
+        if config.in_process:
             scorers = {scorer: build_scorer(recipe, scorer, source, registry) for scorer in names}
         else:
             stack.enter_context(ray_session(recipe))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from cluster.artifacts import ArtifactRef, candidates_ref, tuples_ref
 from cluster.config import Recipe, Scoring, TupleFiles, TupleSet
 from cluster.data_files import DataFiles, check_same_files, source_files, tuple_files
@@ -106,7 +108,7 @@ def _score(recipe: Recipe, name: str, scoring: Scoring, registry: Registry, repo
     ref, candidates = tuples_ref(recipe, name), candidates_ref(recipe, name)
     rows = _published_rows(registry, candidates, name)
     staged = registry.staging(ref)
-    with report.timed(f"{name}: scoring"), ray_session(recipe):
+    with report.timed(f"{name}: scoring"), nullcontext() if scoring.in_process else ray_session(recipe):
         counts = score_parts(recipe, name, scoring, candidates, list(rows), staged)
     metrics = counts.metrics()
     staged.commit(

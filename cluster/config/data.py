@@ -33,7 +33,22 @@ class Pool(FrozenModel):
         return value
 
 
-class Mining(FrozenModel):
+class ScorerProcesses(FrozenModel):
+    """Where scorers work."""
+
+    workers: int = Field(
+        1, ge=1, description="actors that share the work; one without a GPU is the job's own process"
+    )
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0, description="above 0, even one worker is an actor")
+
+    @property
+    def in_process(self) -> bool:
+        """Do they work in the job's own process?"""
+        return self.workers == 1 and self.gpus_per_worker == 0
+
+
+class Mining(ScorerProcesses):
     """Positive plus mined negatives for each labelled query."""
 
     source: Name
@@ -49,19 +64,13 @@ class Mining(FrozenModel):
         "a micro-batch of that size encodes each shared document once",
     )
     seed: int = 42
-    workers: int = Field(1, ge=1, description="scorer actors that share the search; 1: this process")
-    cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0, description="above 0, even one worker is an actor")
 
 
-class Scoring(FrozenModel):
+class Scoring(ScorerProcesses):
     """The teacher: one scorer, or an ensemble (min-max per query, then weighted mean)."""
 
     scorers: dict[Name, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     normalize: bool = Field(True, description="store the ensemble min-max normalised per query")
-    workers: int = Field(1, ge=1, description="scorer actors; each holds all scorers")
-    cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
 
 
 class TupleFiles(FrozenModel):

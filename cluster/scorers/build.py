@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from cluster import config as recipes
+from cluster.artifacts import ArtifactRef
 from cluster.config import Recipe
 from cluster.models import ensure_base, load_model_ref, resolve_model
 from cluster.registry import Registry
 from cluster.scorers.api import Ensemble, Scorer
 from cluster.scorers.bm25 import Bm25Scorer
 from cluster.scorers.cross_encoder import CrossEncoder
-from cluster.scorers.encoders import ColBERTEncoder, PooledEncoder, VectorScorer
+from cluster.scorers.encoders import ColBERTEncoder, PooledEncoder
 from cluster.scorers.labels import LabelScorer
+from cluster.scorers.vectors import VectorScorer, kept_vectors
 from cluster.sources import LabelledSource
-from colbert_core.encoder import ColBERT
 from colbert_core.formats import load_model
+from colbert_core.pretrained import resolve_base
 
 
 def build_scorer(recipe: Recipe, name: str, source: LabelledSource | None, registry: Registry) -> Scorer:
@@ -39,24 +42,49 @@ def build_scorer(recipe: Recipe, name: str, source: LabelledSource | None, regis
     if isinstance(config, recipes.CrossEncoderScorer):
         return CrossEncoder(name, config, source)
     if isinstance(config, recipes.ColBERTScorer):
-        return VectorScorer(name, source, ColBERTEncoder(load_colbert(recipe, config.model, registry)))
-    return VectorScorer(name, source, PooledEncoder.load(config))
+        spec = config.model
+        if (ref := _published(recipe, spec, registry)) is not None:
+            return model_scorer(recipe, name, source, ref, registry)
+        return VectorScorer(
+            name, source, lambda: ColBERTEncoder(load_model(spec)), kept_vectors(_of_base(spec, ""))
+        )
+    encoder = config  # of a narrower type than the recipe's scorers
+    kept = kept_vectors(_of_base(config.model, config.model_dump_json()))
+    return VectorScorer(name, source, lambda: PooledEncoder.load(encoder), kept)
 
 
-def load_colbert(recipe: Recipe, spec: str, registry: Registry) -> ColBERT:
-    """A ColBERT model: 'base', a phase, 'averaged', NAME@VERSION-or-alias, a directory or a hub id.
-
-    The recipe's base is made if it does not exist yet.
+def model_scorer(
+    recipe: Recipe, name: str, source: LabelledSource | None, ref: ArtifactRef, registry: Registry
+) -> VectorScorer:
+    """A scorer of a published model; the recipe's base is made if it does not exist yet.
 
     Raises:
-        ArtifactNotFound: the recipe's model is not published yet, or there is no such version or alias.
-        ModelError: the directory or hub id holds no ColBERT model.
+        ArtifactNotFound: the model is not published.
     """
-    if spec == "base":
-        return load_model_ref(registry, ensure_base(recipe, registry))
-    if "@" in spec or spec in ("averaged", *(phase.name for phase in recipe.train)):
-        return load_model_ref(registry, resolve_model(recipe, registry, spec))
-    return load_model(spec)
+    if ref == resolve_model(recipe, registry, "base"):
+        ensure_base(recipe, registry)
+    if not registry.exists(ref):
+        registry.manifest(ref)  # says what is missing
+    return VectorScorer(
+        name,
+        source,
+        lambda: ColBERTEncoder(load_model_ref(registry, ref)),
+        kept_vectors(f"{recipe.storage.root} {ref}"),
+    )
+
+
+def _published(recipe: Recipe, spec: str, registry: Registry) -> ArtifactRef | None:
+    """The version that a spec names: 'base', a phase, 'averaged', NAME@VERSION-or-alias; else None."""
+    named = "@" in spec or spec in ("base", "averaged", *(phase.name for phase in recipe.train))
+    return resolve_model(recipe, registry, spec) if named else None
+
+
+def _of_base(base: str, settings: str) -> str:
+    """An identity of a model in a directory, which may change, or on the hub."""
+    folder = Path(resolve_base(base))
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    stamps = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return "\n".join([base, settings, *stamps])
 
 
 def build_ensemble(

@@ -18,8 +18,8 @@ from cluster.config import Recipe
 from cluster.registry import Registry
 from cluster.scorers.api import Candidates, Scorer, Scores
 from cluster.scorers.build import build_scorer
-from cluster.scorers.encoders import VectorScorer
 from cluster.scorers.progress import progress
+from cluster.scorers.vectors import VectorScorer
 from cluster.sources import LabelledSource, load_source
 from colbert_core.errors import RaycolbertError
 from colbert_core.exact import Ranking, TopDocuments

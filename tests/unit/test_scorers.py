@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +32,11 @@ from cluster.scorers import (
     cross_encoder,
     encoders,
     minmax,
+    vectors,
 )
 from cluster.scorers import Scorer as ScorerBase
-from cluster.scorers.encoders import PooledEncoder, VectorCache, VectorScorer
+from cluster.scorers.encoders import PooledEncoder
+from cluster.scorers.vectors import Encoded, KeptVectors, VectorCache, VectorScorer
 from cluster.sources import LabelledSource
 from colbert_core import precision
 from colbert_core.encoder import ColBERT
@@ -200,41 +205,109 @@ def test_search_and_score_agree_for_encoders(bert: Path, tmp_path: Path) -> None
 def test_long_texts_are_cut_and_counted(bert: Path, tmp_path: Path) -> None:
     config = BiEncoderScorer(kind="bi_encoder", model=str(bert), max_length=6)
     encoder = PooledEncoder.load(config)
-    vectors = encoder.documents(["cat dog river", "cat dog river mountain city train"]).vectors
-    assert encoder.truncated() == (0, 1)
+    encoded = encoder.documents(["cat dog river", "cat dog river mountain city train"])
+    assert encoded.cut == [False, True]
     # [CLS] and [SEP] stay: four words are left.
-    torch.testing.assert_close(vectors[1:], encoder.queries(["cat dog river mountain"]).vectors)
+    expected = encoder.queries(["cat dog river mountain"]).vectors.vectors
+    torch.testing.assert_close(encoded.vectors.vectors[1:], expected)
     with pytest.raises(ConfigError, match=r"max_length is 600, but .* has 512 positions"):
         build(BiEncoderScorer(kind="bi_encoder", model=str(bert), max_length=600), tmp_path)
 
 
 class CountingEncoder:
-    """Encodes a text as its length, and remembers what it was asked."""
+    """Encodes a text as its length, cuts those of more than two letters, and remembers what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def __call__(self, texts: list[str]) -> RaggedVectors:
+    def __call__(self, texts: Sequence[str]) -> Encoded:
         self.asked += texts
-        return RaggedVectors(
+        vectors = RaggedVectors(
             torch.tensor([[float(len(text))] for text in texts]).view(-1, 1),
             torch.ones(len(texts), dtype=torch.int64),
         )
+        return Encoded(vectors, [len(text) > 2 for text in texts])
+
+    queries = documents = __call__
 
 
 def test_the_cache_encodes_a_text_once_and_stays_within_its_limit() -> None:
     encode = CountingEncoder()
-    cache = VectorCache(encode, limit=3 * 2)
-    assert cache.vectors(["a", "bb", "a"]).vectors.flatten().tolist() == [1.0, 2.0, 1.0]
-    assert cache.vectors(["bb", "ccc"]).vectors.flatten().tolist() == [2.0, 3.0]
+    cache = VectorCache(limit=3 * 2)
+
+    def lengths(*texts: str) -> list[float]:
+        found = cache.encoded(texts, encode)
+        assert found.cut == [len(text) > 2 for text in texts]
+        return found.vectors.vectors.flatten().tolist()
+
+    assert lengths("a", "bb", "a") == [1.0, 2.0, 1.0]
+    assert lengths("bb", "ccc") == [2.0, 3.0]
     assert encode.asked == ["a", "bb", "ccc"]
     # A fourth text drops the least recently used, "a".
-    cache.vectors(["dddd"])
-    assert cache.vectors(["bb", "ccc", "dddd"]).vectors.flatten().tolist() == [2.0, 3.0, 4.0]
+    lengths("dddd")
+    assert lengths("bb", "ccc", "dddd") == [2.0, 3.0, 4.0]
     assert encode.asked == ["a", "bb", "ccc", "dddd"]
-    cache.vectors(["a"])
+    lengths("a")
     assert encode.asked[-1] == "a"
-    assert len(cache.vectors([])) == 0
+    assert lengths() == []
+
+
+def test_scorers_of_one_encoder_share_its_vectors_and_count_what_is_cut_for_themselves() -> None:
+    source = LabelledSource("words", {"1": "aa", "2": "bbbb"}, {"q": "ccc"}, {})
+    encoder, loaded = CountingEncoder(), []
+
+    def load() -> CountingEncoder:
+        loaded.append(1)
+        return encoder
+
+    kept = KeptVectors()
+    one, other = (VectorScorer(name, source, load, kept) for name in "ab")
+    for scorer in (one, other):
+        assert scorer.statistics() == {"truncated_queries": 0, "truncated_documents": 0}
+        scorer.search(["q"], 2)
+        scorer.search(["q"], 2)
+        assert scorer.statistics() == {"truncated_queries": 1, "truncated_documents": 1}
+    assert encoder.asked == ["ccc", "aa", "bbbb"]
+    # A third one, made when there are vectors, does without the encoder until it meets a new text.
+    before = len(loaded)
+    third = VectorScorer("c", source, load, kept)
+    third.search(["q"], 2)
+    assert len(loaded) == before
+    third.checked(Candidates(["q"], ["dd"], [["1"]], [["aa"]]))
+    assert len(loaded) == before + 1
+
+
+def test_a_process_keeps_vectors_by_weights_and_settings(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bert, base)
+    asked: list[str] = []
+    encode = PooledEncoder._encode
+
+    def counted(self: PooledEncoder, texts: list[str]) -> Encoded:
+        asked.extend(texts)
+        return encode(self, texts)
+
+    monkeypatch.setattr(PooledEncoder, "_encode", counted)
+    config = BiEncoderScorer(kind="bi_encoder", model=str(base))
+
+    def searched(config: BiEncoderScorer) -> int:
+        asked.clear()
+        build(config, tmp_path).search(list(QUERIES), 3)
+        return len(asked)
+
+    everything = len(set(CORPUS.values())) + len(QUERIES)
+    assert searched(config) == everything
+    assert searched(config) == 0
+    assert searched(config.model_copy(update={"query_prefix": "query: "})) == everything
+    weights = base / "model.safetensors"
+    os.utime(weights, (1.0, 1.0))
+    assert searched(config) == everything
+    # Too much in all: what was used longest ago is dropped.
+    monkeypatch.setattr(vectors, "_limit", lambda: 1)
+    build(config.model_copy(update={"document_prefix": "text: "}), tmp_path)
+    assert searched(config) == everything
 
 
 def pair_logits(directory: Path, query: str, document: str, **cut: object) -> NDArray[np.float32]:
@@ -371,16 +444,16 @@ def test_a_score_that_is_no_number_is_an_error_with_its_pair() -> None:
 def test_bfloat16_stays_close(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TokenMaxSimScorer(kind="token_maxsim", model=str(bert))
     texts = list(CORPUS.values())
-    exact = PooledEncoder.load(config).documents(texts)
+    exact = PooledEncoder.load(config).documents(texts).vectors
     monkeypatch.setattr(encoders, "bf16_is_fast", lambda _: True)
-    half = PooledEncoder.load(config).documents(texts)
+    half = PooledEncoder.load(config).documents(texts).vectors
     cosine = torch.cosine_similarity(exact.vectors, half.vectors, dim=1)
     assert 0.999 < float(cosine.min()) < 1.0
 
 
 def test_vector_scorer_scores_texts_without_a_source(bert: Path) -> None:
     config = TokenMaxSimScorer(kind="token_maxsim", model=str(bert))
-    scorer = VectorScorer("it", None, PooledEncoder.load(config))
+    scorer = VectorScorer("it", None, lambda: PooledEncoder.load(config))
     same = Candidates(["a", "b"], ["cat", "dog"], [["1", "2"], []], [["cat", "dog river"], []])
     first, second = scorer.checked(same)
     # A text against itself: every token meets itself.
