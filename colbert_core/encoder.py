@@ -160,17 +160,17 @@ class ColBERT(nn.Module):
         projected = self.projection(self.hidden_states(tokens, attention_mask))
         return F.normalize(projected.float(), dim=-1)
 
-    def batches(self, batch: TokenBatch, token_budget: int = 16_384) -> TokenBudgetBatches:
+    def batches(self, batch: TokenBatch, token_budget: int | None = None) -> TokenBudgetBatches:
         """Padded batches of similar length, on the model's device."""
         pad = self.tokenizer.pad_token_id
         # Padding is not attended to, so any id serves a tokenizer that has none of its own.
         return TokenBudgetBatches(batch, token_budget, pad if isinstance(pad, int) else 0, self.device)
 
-    def encode_tokens(self, batch: TokenBatch, token_budget: int = 16_384) -> RaggedVectors:
+    def encode_tokens(self, batch: TokenBatch, token_budget: int | None = None) -> RaggedVectors:
         """Vectors of tokenised texts, differentiable if gradients are enabled.
 
-        Texts are sorted by length and run in padded batches of at most ``token_budget`` tokens, a longer
-        text alone; the result is in the order given.
+        Texts are sorted by length and run in padded batches of at most ``token_budget`` tokens
+        (default: by device), a longer text alone; the result is in the order given.
 
         Returns:
             fp32 vectors on the model's device, one per position that ``batch.score`` marks.
@@ -193,7 +193,7 @@ class ColBERT(nn.Module):
         self,
         texts: Sequence[str] | TokenBatch,
         *,
-        token_budget: int = 16_384,
+        token_budget: int | None = None,
         progress: bool = False,
         precision: Precision = "fp32",
     ) -> RaggedVectors:
@@ -201,7 +201,7 @@ class ColBERT(nn.Module):
 
         Args:
             texts: the queries, or what ``text.queries`` made of them.
-            token_budget: most tokens of one batch, padding included.
+            token_budget: most tokens of one batch, padding included; default: by device.
             progress: show a progress bar, if the output is a terminal.
             precision: ``bf16`` runs the matrix products in bfloat16.
 
@@ -219,7 +219,7 @@ class ColBERT(nn.Module):
         self,
         texts: Sequence[str] | TokenBatch,
         *,
-        token_budget: int = 16_384,
+        token_budget: int | None = None,
         progress: bool = False,
         pool_factor: int = 1,
         precision: Precision = "fp32",
@@ -228,7 +228,7 @@ class ColBERT(nn.Module):
 
         Args:
             texts: the documents, or what ``text.documents`` made of them.
-            token_budget: most tokens of one batch, padding included.
+            token_budget: most tokens of one batch, padding included; default: by device.
             progress: show a progress bar, if the output is a terminal.
             pool_factor: keep one vector in this many, see :func:`colbert_core.pooling.pool_vectors`.
             precision: ``bf16`` runs the matrix products in bfloat16.
@@ -238,7 +238,7 @@ class ColBERT(nn.Module):
         return pool_vectors(vectors, pool_factor) if pool_factor > 1 else vectors
 
     def _encode(
-        self, batch: TokenBatch, token_budget: int, progress: bool, precision: Precision, what: str
+        self, batch: TokenBatch, token_budget: int | None, progress: bool, precision: Precision, what: str
     ) -> RaggedVectors:
         batches = self.batches(batch, token_budget)
         # Written in place batch by batch: the peak is the result plus one batch.

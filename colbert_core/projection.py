@@ -13,7 +13,7 @@ from colbert_core.errors import DataError, DimensionError
 
 
 def pca_projection(
-    model: ColBERT, texts: Sequence[str], dim: int | None = None, *, token_budget: int = 16_384
+    model: ColBERT, texts: Sequence[str], dim: int | None = None, *, token_budget: int | None = None
 ) -> Tensor:
     """The projection that best keeps what tells the backbone's token states apart.
 
@@ -30,7 +30,7 @@ def pca_projection(
         model: gives backbone and tokenisation; its own projection is not used.
         texts: documents to take the token states from.
         dim: dimensions to keep; default: the model's.
-        token_budget: most tokens of one batch, padding included.
+        token_budget: most tokens of one batch, padding included; default: by device.
 
     Returns:
         fp32 ``[dim, hidden]`` on the CPU, orthonormal rows, the largest entry of each positive.

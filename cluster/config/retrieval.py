@@ -17,7 +17,9 @@ class IndexConfig(FrozenModel):
     encode_workers: int = Field(1, ge=1)
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
-    token_budget: int = Field(16_384, ge=512)
+    token_budget: int | None = Field(
+        None, ge=512, description="tokens of one batch; default: 16,384, on a CPU 2,048"
+    )
     pool_factor: int = Field(1, ge=1, description="token pooling: keep one vector in this many")
 
 

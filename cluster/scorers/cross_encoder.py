@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from cluster.config import CrossEncoderScorer as CrossEncoderConfig
 from cluster.scorers.api import Candidates, Scorer, Scores
-from cluster.scorers.encoders import TOKEN_BUDGET, whole_batch
+from cluster.scorers.encoders import whole_batch
 from cluster.scorers.loading import load_complete
 from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource
@@ -78,7 +78,7 @@ class CrossEncoder(Scorer):
         pad = self._tokenizer.pad_token_id or 0
         device = self._model.device
         found = []
-        for part in TokenBudgetBatches(whole_batch(ids), TOKEN_BUDGET, pad, device):
+        for part in TokenBudgetBatches(whole_batch(ids), None, pad, device):
             given = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
             if types is not None:
                 segment = torch.zeros_like(part.input_ids)

@@ -22,8 +22,6 @@ from colbert_core.pretrained import resolve_base
 from colbert_core.text import TokenBatch
 from colbert_core.vectors import RaggedVectors
 
-TOKEN_BUDGET = 16_384
-
 Pooling = Literal["mean", "cls", "tokens"]
 
 
@@ -36,12 +34,12 @@ class ColBERTEncoder:
 
     def queries(self, texts: Sequence[str]) -> Encoded:
         batch = self.model.text.queries(texts)
-        vectors = self.model.encode_queries(batch, token_budget=TOKEN_BUDGET, precision=self._precision)
+        vectors = self.model.encode_queries(batch, precision=self._precision)
         return Encoded(vectors, batch.cut)
 
     def documents(self, texts: Sequence[str]) -> Encoded:
         batch = self.model.text.documents(texts)
-        vectors = self.model.encode_documents(batch, token_budget=TOKEN_BUDGET, precision=self._precision)
+        vectors = self.model.encode_documents(batch, precision=self._precision)
         return Encoded(vectors, batch.cut)
 
 
@@ -98,7 +96,7 @@ class PooledEncoder:
         ids, cut = tokenized(self.tokenizer, texts, self.max_length)
         pad = self.tokenizer.pad_token_id or 0
         device, width = self.model.device, int(self.model.config.hidden_size)
-        batches = TokenBudgetBatches(whole_batch(ids), TOKEN_BUDGET, pad, device)
+        batches = TokenBudgetBatches(whole_batch(ids), None, pad, device)
         total = int(batches.lengths.sum()) if self.pooling == "tokens" else len(texts)
         result = torch.empty(total, width)
         for part in batches:
