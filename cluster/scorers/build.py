@@ -63,8 +63,7 @@ def model_scorer(
     """
     if ref == resolve_model(recipe, registry, "base"):
         ensure_base(recipe, registry)
-    if not registry.exists(ref):
-        registry.manifest(ref)  # says what is missing
+    registry.manifest(ref)  # one that is not published is told of now
     return VectorScorer(
         name,
         source,

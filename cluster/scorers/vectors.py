@@ -67,8 +67,9 @@ class VectorScorer(Scorer):
         super().__init__(name, source)
         self._load = load
         self._kept = KeptVectors() if kept is None else kept
-        self._cut_queries: set[str] = set()
-        self._cut_documents: set[str] = set()
+        # Hashes, so that the texts need not stay.
+        self._cut_queries: set[int] = set()
+        self._cut_documents: set[int] = set()
         if not self._kept.documents:
             _ = self._encoder  # a model that cannot be loaded is told of now
 
@@ -119,7 +120,7 @@ class VectorScorer(Scorer):
             return self._encoder.queries(new)
 
         found = self._kept.queries.encoded(texts, encode)
-        self._cut_queries.update(compress(texts, found.cut))
+        self._cut_queries.update(map(hash, compress(texts, found.cut)))
         return found.vectors
 
     def _documents(self, texts: Sequence[str]) -> RaggedVectors:
@@ -127,7 +128,7 @@ class VectorScorer(Scorer):
             return self._encoder.documents(new)
 
         found = self._kept.documents.encoded(texts, encode)
-        self._cut_documents.update(compress(texts, found.cut))
+        self._cut_documents.update(map(hash, compress(texts, found.cut)))
         return found.vectors
 
     def _blocks(self, texts: Sequence[str]) -> Iterator[RaggedVectors]:
