@@ -39,7 +39,7 @@ def attention(
     """Attention as transformers' modules call it.
 
     Args:
-        module: the attention layer.
+        module: the attention layer; it drops nothing unless it is in training.
         query: float ``[n, heads, length, dim]``.
         key, value: float ``[n, heads, length, dim]``; fewer heads are repeated.
         attention_mask: float, broadcast to ``[n, 1, length, length]``, added to the products.
@@ -54,9 +54,10 @@ def attention(
     if repeated > 1:
         key, value = repeat_kv(key, repeated), repeat_kv(value, repeated)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if _has_kernel(query, key, value, attention_mask):
+    below = round(dropout * STEPS) if module.training else 0
+    if below < STEPS and _has_kernel(query, key, value, attention_mask):
         rows = [part.transpose(1, 2).contiguous() for part in (query, key, value)]
-        return _Attention.apply(*rows, attention_mask, scale, round(dropout * STEPS)), None
+        return _Attention.apply(*rows, attention_mask, scale, below), None
     weights = torch.matmul(query, key.transpose(2, 3)) * scale
     if attention_mask is not None:
         weights = weights + attention_mask

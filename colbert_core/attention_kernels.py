@@ -11,11 +11,10 @@ import numpy as np
 from numba import njit
 
 from colbert_core.float_tiles import ROWS, STREAMS, add_transposed, draw, exponentials, maximum, multiply
-from colbert_core.vector_code import COLUMNS, fetch
+from colbert_core.vector_code import COLUMNS, LINE, fetch
 
 _BLOCK = 28 if ROWS == 14 else 24  # query rows whose weights are held at a time
 _MIXING = 12  # rounds after which SFC32 has mixed its seed
-_LINE = 16  # floats of a cache line
 
 
 @njit(nogil=True, boundscheck=False)
@@ -30,23 +29,40 @@ def _seed(state, seed, item, words):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, boundscheck=False)
+def _stride(length):  # type: ignore[no-untyped-def]
+    """Columns of a matrix of weights: all keys, and room for whole tiles of rows as of columns."""
+    return (max(length, ROWS) + ROWS + COLUMNS - 1) // COLUMNS * COLUMNS
+
+
+@njit(nogil=True, boundscheck=False)
+def _words_of_row(length):  # type: ignore[no-untyped-def]
+    """Words of random bits for a row of weights, two weights to a word."""
+    return (length + 2 * STREAMS - 1) // (2 * STREAMS) * STREAMS
+
+
+@njit(nogil=True, boundscheck=False)
+def _fetch_next(source, text, row, head):  # type: ignore[no-untyped-def]
+    """Asks for a row of the next head, which lies behind this one: nothing else would in time."""
+    dim = source.shape[3]
+    after = ((text * source.shape[1] + row) * source.shape[2] + head + 1) * dim
+    fetch(source, after, (dim + LINE - 1) // LINE)  # type: ignore[call-arg]
+
+
+@njit(nogil=True, boundscheck=False)
 def _pack(source, text, head, first, last, target, stride):  # type: ignore[no-untyped-def]
     """Rows ``first`` to ``last`` of a head as rows of a flat matrix."""
-    heads, dim = source.shape[2], source.shape[3]
     for row in range(first, last):
-        # What the next head needs lies behind it, in lines that nothing else would ask for in time.
-        fetch(source, ((text * source.shape[1] + row) * heads + head + 1) * dim, (dim + _LINE - 1) // _LINE)  # type: ignore[call-arg]
-        for column in range(dim):
+        _fetch_next(source, text, row, head)
+        for column in range(source.shape[3]):
             target[(row - first) * stride + column] = source[text, row, head, column]
 
 
 @njit(nogil=True, boundscheck=False)
 def _pack_transposed(source, text, head, target, stride):  # type: ignore[no-untyped-def]
     """A head's rows as columns of a flat matrix."""
-    heads, dim = source.shape[2], source.shape[3]
     for row in range(source.shape[1]):
-        fetch(source, ((text * source.shape[1] + row) * heads + head + 1) * dim, (dim + _LINE - 1) // _LINE)  # type: ignore[call-arg]
-        for column in range(dim):
+        _fetch_next(source, text, row, head)
+        for column in range(source.shape[3]):
             target[column * stride + row] = source[text, row, head, column]
 
 
@@ -76,11 +92,11 @@ def attend(query, key, value, mask, scale, below, seed, first, last, out, rows_o
             a row, and the inverse of its sum of exponentials.
     """
     length, heads, dim = query.shape[1], query.shape[2], query.shape[3]
-    stride = (max(length, ROWS) + ROWS + COLUMNS - 1) // COLUMNS * COLUMNS
+    stride = _stride(length)
     keys, values = np.zeros(dim * stride, np.float32), np.empty(length * dim, np.float32)
     queries, weights = np.zeros(_BLOCK * dim, np.float32), np.empty(_BLOCK * stride, np.float32)
     found = np.empty(_BLOCK * dim, np.float32)
-    drawn = (length + 2 * STREAMS - 1) // (2 * STREAMS) * STREAMS  # two weights' bits in a word
+    drawn = _words_of_row(length)
     words, state = np.empty(max(drawn, _MIXING * STREAMS), np.uint32), np.empty(4 * STREAMS, np.uint32)
     bits = words.view(np.uint16)
     kept = np.float32(65536.0 / (65536.0 - below))
@@ -127,14 +143,14 @@ def attend_back(  # type: ignore[no-untyped-def]
         others: as :func:`attend` got and wrote them.
     """
     length, heads, dim = query.shape[1], query.shape[2], query.shape[3]
-    stride = (max(length, ROWS) + ROWS + COLUMNS - 1) // COLUMNS * COLUMNS
+    stride = _stride(length)
     keys, values = np.zeros(dim * stride, np.float32), np.zeros(dim * stride, np.float32)
     key_rows = np.empty(length * dim, np.float32)
     queries, gradients = np.zeros(_BLOCK * dim, np.float32), np.zeros(_BLOCK * dim, np.float32)
     weights, errors = np.empty(_BLOCK * stride, np.float32), np.empty(_BLOCK * stride, np.float32)
     found = np.empty(_BLOCK * dim, np.float32)
     key_sums, value_sums = np.empty(stride * dim, np.float32), np.empty(stride * dim, np.float32)
-    drawn = (length + 2 * STREAMS - 1) // (2 * STREAMS) * STREAMS  # two weights' bits in a word
+    drawn = _words_of_row(length)
     words, state = np.empty(max(drawn, _MIXING * STREAMS), np.uint32), np.empty(4 * STREAMS, np.uint32)
     bits = words.view(np.uint16)
     kept = np.float32(65536.0 / (65536.0 - below))

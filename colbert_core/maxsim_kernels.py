@@ -14,11 +14,10 @@ from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
-from colbert_core.vector_code import COLUMNS, INDEX, LANES, WIDE, VectorCode
+from colbert_core.vector_code import COLUMNS, INDEX, LANES, LINE, WIDE, VectorCode
 
 # Document rows of a tile; the smaller ones are for the last of a document.
 _ROWS, _MIDDLE, _FEW = (14, 8, 4) if WIDE else (6, 4, 2)
-_FETCHED = 16  # floats of a cache line
 _CACHED_COLUMNS = 16 * COLUMNS  # of queries, which stay in a core's cache
 _AHEAD = 2  # tiles between the rows that are fetched and those that are computed with
 
@@ -52,7 +51,7 @@ def _tile(rows: int, fetch: bool) -> Any:
 
             def query(step: Any) -> Any:
                 if fetch:
-                    line = builder.add(ahead, builder.mul(step, INDEX(_FETCHED)))
+                    line = builder.add(ahead, builder.mul(step, INDEX(LINE)))
                     code.fetch(builder.gep(data["documents"], [line]))
                 return builder.gep(data["queries"], [builder.add(builder.mul(step, width), column)])
 

@@ -24,7 +24,7 @@ INDEX, INT32, FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 VECTOR, INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
 Sums = list[list[Any]]
 
-_LINE = 64  # bytes of a cache line
+LINE = 16  # floats of a cache line
 
 
 class VectorCode:
@@ -132,7 +132,7 @@ def fetch(typing_context: Any, array: Any, position: Any, lines: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         start = builder.bitcast(builder.gep(code.data(0), [arguments[1]]), byte)
         with cgutils.for_range(builder, arguments[2], intp=INDEX) as loop:
-            code.fetch(builder.gep(start, [builder.mul(loop.index, INDEX(_LINE))]))
+            code.fetch(builder.gep(start, [builder.mul(loop.index, INDEX(4 * LINE))]))
         return context.get_dummy_value()
 
     return signature, generate

@@ -122,6 +122,13 @@ def test_threads_share_the_work_and_not_the_result() -> None:
     assert torch.equal(found[0], found[2])
 
 
+def test_all_is_dropped_with_probability_one_and_nothing_outside_of_training() -> None:
+    parts = heads(2, 12, 2, COLUMNS)
+    assert not attention(LAYER, *parts, None, dropout=1.0)[0].any()
+    plain = attention(LAYER, *parts, None)[0]
+    assert torch.equal(attention(nn.Identity().eval(), *parts, None, dropout=0.5)[0], plain)
+
+
 def test_a_nan_stays_in_its_text() -> None:
     query, key, value = (part.detach() for part in heads(3, 20, 2, COLUMNS))
     key[1, 0, 7, 3] = float("nan")
