@@ -194,10 +194,15 @@ def training_phase(recipe: Recipe, name: str) -> TrainPhase:
     raise ConfigError(f"no training phase {name!r}; there are: {names}")
 
 
+def is_own_model(recipe: Recipe, spec: str) -> bool:
+    """Does a model spec name the recipe's base, its average or one of its phases?"""
+    return spec in ("base", "averaged", *(phase.name for phase in recipe.train))
+
+
 def scorer_identity(recipe: Recipe, name: str) -> dict[str, Any]:
     """A scorer's settings; one that is a model of this recipe stands for that model's version."""
     config = recipe.scorers[name]
     plain = config.model_dump(mode="json")
-    if config.kind == "colbert" and config.model in ("base", "averaged", *(p.name for p in recipe.train)):
+    if config.kind == "colbert" and is_own_model(recipe, config.model):
         plain["model"] = model_ref(recipe, config.model).version
     return plain

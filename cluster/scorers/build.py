@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster import config as recipes
-from cluster.artifacts import ArtifactRef
+from cluster.artifacts import ArtifactRef, is_own_model
 from cluster.config import Recipe
 from cluster.models import ensure_base, load_model_ref, resolve_model
 from cluster.registry import Registry
@@ -74,8 +74,7 @@ def model_scorer(
 
 def _published(recipe: Recipe, spec: str, registry: Registry) -> ArtifactRef | None:
     """The version that a spec names: 'base', a phase, 'averaged', NAME@VERSION-or-alias; else None."""
-    named = "@" in spec or spec in ("base", "averaged", *(phase.name for phase in recipe.train))
-    return resolve_model(recipe, registry, spec) if named else None
+    return resolve_model(recipe, registry, spec) if "@" in spec or is_own_model(recipe, spec) else None
 
 
 def _of_base(base: str, settings: str) -> str:
