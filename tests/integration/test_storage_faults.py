@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -50,16 +50,22 @@ def results(
     bucket: str,
     log: io.StringIO,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[str, Future[Result]]]:
-    """The chosen cases, several at once: most of their time is waiting."""
+) -> dict[str, Future[Result]]:
+    """The chosen cases, several at once: most of their time is waiting.
+
+    They end before the first test begins: pytest names the test in the environment, and an S3 client reads
+    all of the environment for its proxies, which fails when a variable goes meanwhile.
+    """
     items = [item for item in request.session.items if item.name.startswith("test_fault[")]
     chosen = [item.callspec.params["case"] for item in items] or CASES
     chosen = [case for case in chosen if case.special != "full_disk" or can_mount()]
     with ThreadPoolExecutor(6) as pool:
-        yield {
+        futures = {
             case.row: pool.submit(run, case, s3_server, bucket, tmp_path_factory.mktemp("case"))
             for case in chosen
         }
+        wait(futures.values())
+    return futures
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation}-{case.text}")
