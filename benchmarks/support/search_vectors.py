@@ -129,25 +129,39 @@ def encoded(texts: Texts, spec: str | None, root: str | None, cache: Path) -> Ve
     """
     if spec is not None and root is not None and not Path(spec).is_dir():  # an alias may move
         spec = str(Registry.open(StorageConfig(root=root)).resolve("models", spec))
-    key = json.dumps([texts.documents, texts.questions, spec, root])
-    folder = cache / f"encoded-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = _folder(cache, "encoded", texts.documents, texts.questions, spec, root)
     if (folder / "set.json").exists():
         return VectorFiles(folder)
     model, name = find_model(spec, root, texts.documents)
-    precision = fast_precision(model.device)
-    documents = model.encode_documents(texts.documents, progress=True, precision=precision)
-    queries = model.encode_queries(texts.questions, precision=precision)
-    batch = model.text.documents(texts.documents)
-    tokens = [ids[score] for ids, score in zip(batch.ids, batch.score, strict=True)]
+    kept = _folder(cache, "documents", texts.documents, spec, root)
+    if not kept.exists():
+        _encode_documents(model, texts.documents, kept)
+    queries = model.encode_queries(texts.questions, precision=fast_precision(model.device))
     return write_set(
         folder,
-        documents.vectors.half().numpy(),
-        documents.lengths.numpy(),
-        np.concatenate(tokens),
+        *(np.load(kept / f"{part}.npy", mmap_mode="r") for part in ("vectors", "lengths", "token_ids")),
         queries.vectors.numpy(),
         queries.lengths.numpy(),
         {"texts": texts.name, "model": name},
     )
+
+
+def _folder(cache: Path, kind: str, *key: Any) -> Path:
+    return cache / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+
+
+def _encode_documents(model: ColBERT, documents: Sequence[str], folder: Path) -> None:
+    """Documents apart from questions: other questions do not encode them again."""
+    found = model.encode_documents(documents, progress=True, precision=fast_precision(model.device))
+    batch = model.text.documents(documents)
+    tokens = [ids[score] for ids, score in zip(batch.ids, batch.score, strict=True)]
+    staging = folder.with_name(f".{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    np.save(staging / "vectors.npy", found.vectors.half().numpy())
+    np.save(staging / "lengths.npy", found.lengths.numpy())
+    np.save(staging / "token_ids.npy", np.concatenate(tokens))
+    staging.rename(folder)
 
 
 def pooled(files: VectorFiles, factor: int, cache: Path) -> VectorFiles:
