@@ -26,7 +26,7 @@ from cluster.registry_gc import collect
 from colbert_core.errors import RaycolbertError
 from tests.fault_cases import CASES, OUTAGES, WEIGHTS, Case, Operation
 from tests.fault_proxy import FaultProxy
-from tests.registry_contract import KILLED_PUBLISH, contents, write
+from tests.registry_contract.artifacts import KILLED_PUBLISH, contents, write
 from tests.s3_server import S3Server
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"

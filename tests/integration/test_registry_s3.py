@@ -16,7 +16,8 @@ from cluster.registry import Registry
 from cluster.registry_gc import collect
 from cluster.storage.s3 import S3Store
 from jobs.registry_cli import app
-from tests.registry_contract import FILES, RegistryContract, contents, write
+from tests.registry_contract import RegistryContract
+from tests.registry_contract.artifacts import FILES, contents, write
 from tests.s3_server import S3Server
 
 

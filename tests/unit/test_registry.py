@@ -13,7 +13,8 @@ from cluster.config import StorageConfig
 from cluster.manifest_diff import diff
 from cluster.registry import Parent, Registry
 from colbert_core.errors import VersionExists
-from tests.registry_contract import FILES, RegistryContract, contents, ref, write
+from tests.registry_contract import RegistryContract
+from tests.registry_contract.artifacts import FILES, contents, ref, write
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from cluster.config import StorageConfig
 from cluster.registry import Parent, Registry
 from jobs.registry_cli import app
-from tests.registry_contract import FILES, contents, ref, write
+from tests.registry_contract.artifacts import FILES, contents, ref, write
 
 Run = Callable[..., Result]
 
