@@ -11,8 +11,9 @@ share of the exact MaxSim's best k that an engine returns, nDCG@10 is by human l
 a process of its own and searched by another, with ``--threads`` threads; the engines take turns, setting by
 setting, in every round. A single query's latency is that of one call with one query; batched QPS is of one
 call with all of them. Medians over the rounds; a reading of more than ``STEADY_S`` seconds is taken once, in
-the first round. Memory is the peak resident set of the process: imports, and what it has mapped from disk,
-included.
+the first round. A setting that would take more than ``PATIENCE_S`` seconds is asked fewer questions, as the
+table says; one that follows a setting of more than ``SLOW_S`` seconds a query is not measured. Memory is the
+peak resident set of the process: imports, and what it has mapped from disk, included.
 
 At each level of recall that a peer reaches, our indexes that are no larger than the smallest peer's there are
 compared with the fastest peers; all of ours, if none is so small.
@@ -50,6 +51,8 @@ PEERS_MODULE = "benchmarks.support.search_peers"
 DEPTHS = (10, 100)
 LEVELS = (0.80, 0.85, 0.90, 0.95, 0.98)
 STEADY_S = 30.0  # noise of the machine evens out in so long a reading
+PATIENCE_S, FEWEST = 60.0, 20  # for one by one asking; questions that are asked all the same
+SLOW_S = 2.0
 
 Settings = dict[str, Any]
 
@@ -237,7 +240,8 @@ class Benchmark:
             transient=True,
         ):
             key = contender.label, number, k
-            if key in steady:
+            before = readings.get((contender.label, number - 1, k))
+            if key in steady or (number and (before is None or before[0]["p50_ms"] > 1000 * SLOW_S)):
                 continue
             begin = time.perf_counter()
             readings.setdefault(key, []).append(
@@ -246,6 +250,8 @@ class Benchmark:
             if time.perf_counter() - begin > STEADY_S:
                 steady.add(key)
         for contender, number in sorted(turns, key=lambda turn: (turn[0].label, turn[1])):
+            if any((contender.label, number, k) not in readings for k in DEPTHS):
+                continue
             row: dict[str, Any] = {"engine": contender.label, "settings": contender.searches[number]}
             for k in DEPTHS:
                 found = readings[contender.label, number, k]
@@ -254,15 +260,19 @@ class Benchmark:
             self.rows.append(row)
 
     def _read(self, process: Peer, settings: Settings, k: int) -> dict[str, float]:
-        count = len(self._files.queries)
         out = self._folder / "found.npy"
-        asked = {"k": k, "settings": settings, "first": 0, "last": count}
-        times = process.call("single", out=str(out), **asked)
+        asked = {"k": k, "settings": settings, "first": 0}
+        count = min(FEWEST, len(self._files.queries))
+        times = process.call("single", out=str(out), last=count, **asked)
+        if (wanted := min(len(self._files.queries), round(1000 * PATIENCE_S / np.mean(times)))) > count:
+            count = wanted
+            times = process.call("single", out=str(out), last=count, **asked)
         found = np.load(out)
-        seconds = process.call("batch", **asked)
-        best = self._exact[:, :k]
+        seconds = process.call("batch", last=count, **asked)
+        best = self._exact[:count, :k]
         hits = sum(len(np.intersect1d(mine, theirs)) for mine, theirs in zip(found[:, :k], best, strict=True))
         return {
+            "questions": count,
             "recall": hits / best.size,
             "ndcg": self._ndcg(found[:, :10]),
             "p50_ms": float(np.percentile(times, 50)),
@@ -275,7 +285,8 @@ class Benchmark:
             str(q): {str(key): float(-rank) for rank, key in enumerate(row) if key >= 0}
             for q, row in enumerate(found.tolist())
         }
-        return evaluate_run(run, self._relevant, ["nDCG@10"])["nDCG@10"]
+        asked = {query: self._relevant[query] for query in run}
+        return evaluate_run(run, asked, ["nDCG@10"])["nDCG@10"]
 
     def _index(self, contender: Contender) -> Path:
         return self._folder / "indexes" / contender.label.replace(" ", "-")
@@ -329,6 +340,7 @@ class Benchmark:
         table = Table(
             "engine",
             "settings",
+            "asked",
             "R@10",
             "nDCG@10",
             "p50 ms",
@@ -345,6 +357,7 @@ class Benchmark:
             table.add_row(
                 row["engine"],
                 " ".join(f"{key}={value}" for key, value in row["settings"].items()) or "default",
+                f"{row['questions@10']:.0f}",
                 f"{row['recall@10']:.3f}",
                 f"{row['ndcg@10']:.4f}",
                 f"{row['p50_ms@10']:.2f}",
