@@ -17,6 +17,7 @@ import pytest
 
 from cluster.storage import ObjectStore
 from colbert_core.errors import ObjectNotFound, PreconditionFailed, StorageError
+from tests.races import winners
 
 # Above the size that S3 uploads in one piece, and no multiple of a part.
 LARGE = (33 << 20) + 12_345
@@ -174,17 +175,12 @@ class StorageContract:
             store.put("k", b"6", if_absent=True, if_match=second)
 
     def test_one_of_many_creators_wins(self, store: ObjectStore) -> None:
-        def create(number: int) -> int | None:
-            try:
-                store.put("race", str(number).encode(), if_absent=True)
-            except PreconditionFailed:
-                return None
-            return number
+        def create(number: int) -> None:
+            store.put("race", str(number).encode(), if_absent=True)
 
-        with ThreadPoolExecutor(16) as pool:
-            winners = [number for number in pool.map(create, range(16)) if number is not None]
-        assert len(winners) == 1
-        assert store.get("race") == str(winners[0]).encode()
+        won = winners(create, 16, PreconditionFailed)
+        assert len(won) == 1
+        assert store.get("race") == str(won[0]).encode()
 
     def test_no_increment_is_lost(self, store: ObjectStore) -> None:
         store.put("count", b"0")
@@ -234,17 +230,12 @@ class StorageContract:
         for number, file in enumerate(files):
             file.write_bytes(bytes([number]) * 9_000_000)
 
-        def upload(file: Path) -> bool:
-            try:
-                store.upload("race", file, if_absent=True)
-            except PreconditionFailed:
-                return False
-            return True
+        def upload(number: int) -> None:
+            store.upload("race", files[number], if_absent=True)
 
-        with ThreadPoolExecutor(4) as pool:
-            won = list(pool.map(upload, files))
-        assert sum(won) == 1
-        assert store.get("race") == files[won.index(True)].read_bytes()
+        won = winners(upload, 4, PreconditionFailed)
+        assert len(won) == 1
+        assert store.get("race") == files[won[0]].read_bytes()
         later = datetime.now(timezone.utc) + timedelta(hours=1)
         assert store.abort_uploads(later) == [], "the losers must clean up"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,12 +60,10 @@ def results(
     chosen = [item.callspec.params["case"] for item in items] or CASES
     chosen = [case for case in chosen if case.special != "full_disk" or can_mount()]
     with ThreadPoolExecutor(6) as pool:
-        futures = {
+        return {
             case.row: pool.submit(run, case, s3_server, bucket, tmp_path_factory.mktemp("case"))
             for case in chosen
         }
-        wait(futures.values())
-    return futures
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation}-{case.text}")

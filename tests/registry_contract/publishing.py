@@ -13,11 +13,8 @@ import pytest
 
 from cluster.config import StorageConfig
 from cluster.registry import Parent, Registry
-from colbert_core.errors import (
-    ArtifactNotFound,
-    StorageError,
-    VersionExists,
-)
+from colbert_core.errors import ArtifactNotFound, StorageError, VersionExists
+from tests.races import winners
 from tests.registry_contract.artifacts import FILES, KILLED_PUBLISH, contents, ref, write
 
 
@@ -67,34 +64,20 @@ class PublishingContract:
         shared = {"same": b"x" * 1000}
         sources = [write(tmp_path / str(n), shared | {"own": b"%d" % n * 5000}) for n in range(16)]
 
-        def publish(number: int) -> int | None:
-            try:
-                registry.publish(ref(), sources[number], extra={"number": number})
-            except VersionExists:
-                return None
-            return number
+        def publish(number: int) -> None:
+            registry.publish(ref(), sources[number], extra={"number": number})
 
-        with ThreadPoolExecutor(16) as pool:
-            winners = [number for number in pool.map(publish, range(16)) if number is not None]
-        assert len(winners) == 1
-        assert registry.manifest(ref()).extra == {"number": winners[0]}
-        assert contents(registry.pull(ref())) == shared | {"own": b"%d" % winners[0] * 5000}
+        won = winners(publish, 16, VersionExists)
+        assert len(won) == 1
+        assert registry.manifest(ref()).extra == {"number": won[0]}
+        assert contents(registry.pull(ref())) == shared | {"own": b"%d" % won[0] * 5000}
         assert registry.verify(ref()) == []
 
     def test_large_files_of_racing_publishers_do_not_mix(self, registry: Registry, tmp_path: Path) -> None:
         sources = [write(tmp_path / str(n), {"own": bytes([n]) * 9_000_000}) for n in range(4)]
-
-        def publish(number: int) -> bool:
-            try:
-                registry.publish(ref(), sources[number])
-            except VersionExists:
-                return False
-            return True
-
-        with ThreadPoolExecutor(4) as pool:
-            won = list(pool.map(publish, range(4)))
-        assert sum(won) == 1
-        assert contents(registry.pull(ref())) == {"own": bytes([won.index(True)]) * 9_000_000}
+        won = winners(lambda number: registry.publish(ref(), sources[number]), 4, VersionExists)
+        assert len(won) == 1
+        assert contents(registry.pull(ref())) == {"own": bytes([won[0]]) * 9_000_000}
 
     def test_a_late_publisher_cannot_overwrite(self, registry: Registry, tmp_path: Path) -> None:
         late = registry.staging(ref())

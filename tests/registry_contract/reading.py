@@ -10,11 +10,7 @@ import pytest
 from cluster.config import StorageConfig
 from cluster.manifest import BLOCK_BYTES, seal, unseal
 from cluster.registry import Registry
-from colbert_core.errors import (
-    ArtifactNotFound,
-    IntegrityError,
-    SchemaVersionError,
-)
+from colbert_core.errors import ArtifactNotFound, IntegrityError, SchemaVersionError
 from tests.registry_contract.artifacts import FILES, contents, flip, ref, write
 
 
