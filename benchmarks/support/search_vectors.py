@@ -7,7 +7,8 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,8 @@ def _encode_documents(model: ColBERT, documents: Sequence[str], folder: Path) ->
     found = model.encode_documents(documents, progress=True, precision=fast_precision(model.device))
     batch = model.text.documents(documents)
     tokens = [ids[score] for ids, score in zip(batch.ids, batch.score, strict=True)]
-    staging = folder.with_name(f".{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    np.save(staging / "vectors.npy", found.vectors.half().numpy())
-    np.save(staging / "lengths.npy", found.lengths.numpy())
-    np.save(staging / "token_ids.npy", np.concatenate(tokens))
-    staging.rename(folder)
+    with _appearing(folder) as staging:
+        _save_documents(staging, found.vectors.half().numpy(), found.lengths.numpy(), np.concatenate(tokens))
 
 
 def pooled(files: VectorFiles, factor: int, cache: Path) -> VectorFiles:
@@ -252,18 +248,29 @@ def write_set(
     about: Mapping[str, Any],
 ) -> VectorFiles:
     """Writes a set; its folder appears complete or not at all."""
+    size = {"documents": len(lengths), "vectors": len(vectors), "questions": len(query_lengths)}
+    with _appearing(folder) as staging:
+        _save_documents(staging, vectors, lengths, token_ids)
+        np.save(staging / "queries.npy", queries.astype(np.float32))
+        np.save(staging / "query_lengths.npy", query_lengths.astype(np.int32))
+        (staging / "set.json").write_text(json.dumps({**about, **size}, indent=1) + "\n", encoding="utf-8")
+    return VectorFiles(folder)
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when it is full."""
     staging = folder.with_name(f".{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    np.save(staging / "vectors.npy", vectors)
-    np.save(staging / "lengths.npy", lengths.astype(np.int32))
-    np.save(staging / "token_ids.npy", token_ids.astype(np.int64))
-    np.save(staging / "queries.npy", queries.astype(np.float32))
-    np.save(staging / "query_lengths.npy", query_lengths.astype(np.int32))
-    size = {"documents": len(lengths), "vectors": len(vectors), "questions": len(query_lengths)}
-    (staging / "set.json").write_text(json.dumps({**about, **size}, indent=1) + "\n", encoding="utf-8")
+    yield staging
     staging.rename(folder)
-    return VectorFiles(folder)
+
+
+def _save_documents(folder: Path, vectors: np.ndarray, lengths: np.ndarray, token_ids: np.ndarray) -> None:
+    np.save(folder / "vectors.npy", vectors)
+    np.save(folder / "lengths.npy", lengths.astype(np.int32))
+    np.save(folder / "token_ids.npy", token_ids.astype(np.int64))
 
 
 def _texts(
