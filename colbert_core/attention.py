@@ -1,8 +1,9 @@
-"""Attention for training on a CPU in fp32, as an implementation that transformers can be told to use.
+"""Attention for training on a CPU, as an implementation that transformers can be told to use.
 
 torch's fused attention has no dropout on a CPU and a slow backward pass; the plain one writes all weights
-to memory several times and multiplies narrow matrices at half speed. What the kernels here do not know
-(bf16, other devices, widths that fill no tile) is computed the plain way, so that any backbone may use it.
+to memory several times and multiplies narrow matrices at half speed. bf16 is widened for the kernels, which
+compute in fp32: the weights' arithmetic outweighs the products. What the kernels do not know (other devices,
+widths that fill no tile) is computed the plain way, so that any backbone may use it.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ AttentionMaskInterface.register(CPU_ATTENTION, attention_mask)
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     same = query.shape == key.shape == value.shape and query.numel() > 0
-    fp32 = all(part.device.type == "cpu" and part.dtype == torch.float32 for part in (query, key, value))
-    if not (same and fp32) or torch.is_autocast_enabled("cpu"):
+    like = all(part.device.type == "cpu" and part.dtype == query.dtype for part in (query, key, value))
+    if not (same and like) or query.dtype not in (torch.float32, torch.bfloat16):
         return False
     if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] != key.shape[2]):
         return False
@@ -93,7 +94,7 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
 
 
 class _Attention(torch.autograd.Function):
-    """:func:`attention` of ``[n, length, heads, dim]``, C-contiguous."""
+    """:func:`attention` of ``[n, length, heads, dim]``, C-contiguous, all fp32 or all bf16."""
 
     @staticmethod
     def forward(
@@ -104,14 +105,14 @@ class _Attention(torch.autograd.Function):
         count, length, heads, _ = query.shape
         added = torch.zeros(1, 1, length) if mask is None else mask[:, 0].float().contiguous()
         seed = int(torch.randint(2**62, ())) if below else 0
-        out = torch.empty_like(query)
+        out = torch.empty(query.shape)
         rows_of = torch.empty(count, heads, length, 2)
-        given = [part.detach().numpy() for part in (query, key, value, added)]
+        given = [part.detach().float().numpy() for part in (query, key, value, added)]
         settings = (np.float32(scale), below, seed)
         _heads(attend, (*given, *settings), (out.numpy(), rows_of.numpy()), count * heads)
         ctx.save_for_backward(query, key, value, added, rows_of)
         ctx.settings = settings
-        return out
+        return out.to(query.dtype)
 
     @staticmethod
     @once_differentiable
@@ -119,11 +120,11 @@ class _Attention(torch.autograd.Function):
         from colbert_core.attention_kernels import attend_back
 
         saved = ctx.saved_tensors  # may be unpacked once, where activations are recomputed
-        *given, rows_of = (part.numpy() for part in saved)
-        gradients = [torch.empty_like(part) for part in saved[:3]]
-        rest = (rows_of, gradient.contiguous().numpy(), *(part.numpy() for part in gradients))
+        *given, rows_of = (part.float().numpy() for part in saved)
+        gradients = [torch.empty(part.shape) for part in saved[:3]]
+        rest = (rows_of, gradient.float().contiguous().numpy(), *(part.numpy() for part in gradients))
         _heads(attend_back, (*given, *ctx.settings), rest, gradient.shape[0] * gradient.shape[2])
-        return (*gradients, None, None, None)
+        return (*(part.to(gradient.dtype) for part in gradients), None, None, None)
 
 
 def _heads(kernel: Any, before: tuple[Any, ...], after: tuple[Any, ...], count: int) -> None:

@@ -1,7 +1,7 @@
 """Dropout for training on a CPU, with its mask from a fast generator.
 
 torch draws each element's number on a CPU one after the other, 12 ns each, on one thread: a fifth of a
-training step in fp32. Here four elements share a 64-bit number of numpy's SFC64, and what is kept for the
+training step in fp32, and more in bf16. Here four elements share a 64-bit number of numpy's SFC64, and what is kept for the
 backward pass is a byte of an element instead of four.
 """
 
@@ -21,7 +21,7 @@ STEPS = 1 << 16  # an element is dropped where its 16 random bits are below the 
 
 
 class CpuDropout(TorchFunctionMode):
-    """While it is entered, :func:`torch.nn.functional.dropout` of fp32 tensors on a CPU is the one here.
+    """While it is entered, :func:`torch.nn.functional.dropout` of fp32 and bf16 tensors on a CPU is this one.
 
     Each call takes a seed from torch's generator, so that ``torch.manual_seed`` decides the masks as it
     does without, and recomputed activations meet the same ones. Probabilities are rounded to 1/65,536; what
@@ -42,7 +42,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     below = round(p * STEPS)
     if not training or inplace or not 0 < below < STEPS:
         return F.dropout(input, p, training, inplace)
-    if input.device.type != "cpu" or input.dtype != torch.float32:
+    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.bfloat16):
         return F.dropout(input, p, training, inplace)
     result: Tensor = _Dropout.apply(input, below)
     return result

@@ -31,6 +31,18 @@ def test_what_is_kept_is_scaled_and_as_much_as_asked_for(p: float) -> None:
     assert float(both) == pytest.approx((1 - p) ** 2, abs=0.005)
 
 
+def test_bf16_meets_the_mask_of_fp32_and_is_rounded_once() -> None:
+    values = torch.randn(40, 70).bfloat16().requires_grad_()
+    wide = values.detach().float().requires_grad_()
+    found, wanted = dropped(values, 0.3), dropped(wide, 0.3)
+    assert torch.equal(found, wanted.bfloat16())
+    gradient = torch.randn(found.shape).bfloat16()
+    found.backward(gradient)
+    wanted.backward(gradient.float())
+    assert values.grad is not None and wide.grad is not None
+    assert torch.equal(values.grad, wide.grad.bfloat16())
+
+
 def test_torchs_seed_decides_and_the_generator_goes_on() -> None:
     values = torch.ones(1000)
     assert torch.equal(dropped(values, 0.5, seed=1), dropped(values, 0.5, seed=1))
@@ -74,10 +86,10 @@ def test_the_rest_is_torchs_own() -> None:
     assert dropped(values, 0.5, training=False) is values
     assert torch.equal(dropped(values, 0.0), values)
     assert torch.equal(dropped(values, 1.0), torch.zeros_like(values))
-    half = values.bfloat16()
-    found = dropped(half, 0.5)
+    double = values.double()
+    found = dropped(double, 0.5)
     torch.manual_seed(0)
-    assert torch.equal(found, F.dropout(half, 0.5))
+    assert torch.equal(found, F.dropout(double, 0.5))
     copy = values.clone()
     assert dropped(copy, 0.5, inplace=True) is copy
     with pytest.raises(ValueError, match="dropout probability"):
