@@ -28,15 +28,13 @@ from cluster.training_saves import RunSaves
 from cluster.training_step import UnitObjective, UnitOutcome, UnitWork
 from cluster.training_trackers import open_trackers
 from cluster.training_units import TokenisedUnit, UnitSource, UnitStream
-from colbert_core.allocator import release_freed_memory
+from colbert_core.allocator import GrowthLimit
 from colbert_core.errors import RaycolbertError, TrainingError
 
 # A report to Ray Train makes all workers wait until the controller, which looks every 2 seconds, has taken
 # the one before: each carries all steps since then.
 REPORT_S = 15.0
 RECENT_STEPS = 50
-# Activations of ever other sizes leave gaps between what stays: on a CPU a worker would double in size.
-RELEASE_EVERY_STEPS = 4
 
 
 class TrainingLoop:
@@ -65,6 +63,7 @@ class TrainingLoop:
         )
         self._saves = RunSaves(job, self._engine, registry, self._group, attempt)
         self._saves.resume()
+        self._memory = GrowthLimit()
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._unreported: list[dict[str, float]] = []
         self._last_report = time.monotonic()
@@ -199,8 +198,8 @@ class TrainingLoop:
             self._saves.publish(self._recent)
         if step % settings.every_steps == 0 or publish_due or last or figures.save_due:
             self._saves.save(self._log)
-        if step % RELEASE_EVERY_STEPS == 0 and self._engine.device.type == "cpu":
-            release_freed_memory()
+        if self._engine.device.type == "cpu":
+            self._memory.after_step()
         self._unreported.append({**record.scalars(), "step": step})
         if last or figures.report_due:
             ray.train.report({**self._unreported[-1], "steps": self._unreported})

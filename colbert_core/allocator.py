@@ -16,11 +16,15 @@ import os
 import sys
 from collections.abc import Callable
 
+import psutil
+
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_INT = 2**31 - 1
 # Python's own is 700: while a training worker imports what it needs, that is 1,100 collections of nothing.
 NEW_OBJECTS = 20_000
+# How far a process may grow beyond the need of a step, and how many steps it takes at least between releases.
+GROWTH, LEAST_STEPS = 1.1, 4
 # Enough for the layers of one batch, forward and backward, which do share their shapes.
 COMPILED_KERNELS = "24"
 
@@ -61,6 +65,39 @@ def release_freed_memory() -> None:
     malloc_trim = _glibc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+class GrowthLimit:
+    """Releases freed memory between steps of work, once the process has grown by more than they need.
+
+    Activations of ever other sizes leave gaps between what stays, and the process grows beyond the largest
+    step's need. Releasing the gaps costs the next step its page faults, a tenth to a quarter of its time.
+
+    Args:
+        resident: bytes that the process has in memory.
+        release: gives back what is not used.
+    """
+
+    def __init__(
+        self,
+        resident: Callable[[], int] = lambda: int(psutil.Process().memory_info().rss),
+        release: Callable[[], None] = release_freed_memory,
+    ) -> None:
+        self._resident, self._release = resident, release
+        self._needed = 0  # the most after the very first steps, and after one step from each release
+        self._steps, self._releases = 0, 0  # steps since the last release
+
+    def after_step(self) -> bool:
+        """Call after each step; returns whether memory was released."""
+        self._steps += 1
+        now = self._resident()
+        if self._steps == 1 or (self._releases == 0 and self._steps <= LEAST_STEPS):
+            self._needed = max(self._needed, now)
+        if self._steps < LEAST_STEPS or now <= GROWTH * self._needed:
+            return False
+        self._release()
+        self._steps, self._releases = 0, self._releases + 1
+        return True
 
 
 def _glibc(name: str) -> Callable[..., int] | None:

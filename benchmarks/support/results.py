@@ -16,6 +16,8 @@ import psutil
 from rich.console import Console
 
 RESULTS = Path(__file__).parents[1] / "results"
+# What sets processors of one name apart, as Linux calls it.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 LIBRARIES = ("torch", "transformers", "ray", "deepspeed", "schedulefree", "numpy", "numba", "pyarrow")
 
 
@@ -42,13 +44,13 @@ class Goal:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on, and how busy it was when they were."""
-    model = platform.processor()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
+    lines = info.read_text().splitlines() if info.exists() else []
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = said.get("flags", "").split()
     return {
-        "processor": model,
+        "processor": said.get("model name", platform.processor()),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
