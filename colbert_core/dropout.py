@@ -1,8 +1,8 @@
 """Dropout for training on a CPU, with its mask from a fast generator.
 
 torch draws each element's number on a CPU one after the other, 12 ns each, on one thread: a fifth of a
-training step in fp32, and more in bf16. Here four elements share a 64-bit number of numpy's SFC64, and what is kept for the
-backward pass is a byte of an element instead of four.
+training step in fp32, and more in bf16. Here four elements share a 64-bit number of numpy's SFC64, and what
+is kept for the backward pass is a byte of an element instead of four.
 """
 
 from __future__ import annotations
