@@ -113,7 +113,7 @@ def main() -> int:
         if plan.loop_steps and not options.skip_ray:
             bench.loops()
         return finish(
-            "train_step",
+            "train_loops" if options.skip_steps else "train_step",
             settings={
                 "data": bench.texts.name,
                 "model": "multilingual-e5-small, random projection of 128 dimensions",
