@@ -122,6 +122,7 @@ def main() -> int:
                 "document_length": DOCUMENT_LENGTH,
                 "threads": options.threads,
                 "samples": plan.samples,
+                "loop_steps": plan.loop_steps,
                 "peers": bench.peer_versions,
             },
             results=bench.results,
