@@ -95,14 +95,17 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=2)
     add_precision_option(parser)
-    parser.add_argument("--skip-ray", action="store_true", help="only the steps, not the loops")
-    parser.add_argument("--skip-steps", action="store_true", help="only the loops, not the steps")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--skip-ray", action="store_true", help="only the steps, not the loops")
+    part.add_argument("--skip-steps", action="store_true", help="only the loops, not the steps")
     parser.add_argument("--loop-steps", type=int, default=Plan.loop_steps, help="steps of each loop")
     options = parser.parse_args()
     full = Plan(
         ways=tuple(options.documents or Plan.ways), samples=options.samples, loop_steps=options.loop_steps
     )
     plan = QUICK if options.quick else full
+    if options.skip_steps and not plan.loop_steps:
+        parser.error("--skip-steps: nothing to measure, since --quick and --loop-steps 0 have no loops")
     pythons = dict(item.split("=", 1) for item in options.peer_python)
     if unknown := set(pythons) - set(PEERS):
         parser.error(f"--peer-python: no peer {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")

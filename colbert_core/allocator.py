@@ -84,19 +84,20 @@ class GrowthLimit:
         release: Callable[[], None] = release_freed_memory,
     ) -> None:
         self._resident, self._release = resident, release
-        self._needed = 0  # the most after the very first steps, and after one step from each release
-        self._steps, self._releases = 0, 0  # steps since the last release
+        self._needed = 0  # the most after the very first steps, and after the first step from each release
+        self._first = LEAST_STEPS  # steps from which that is learnt
+        self._steps = 0  # since the last release
 
     def after_step(self) -> bool:
         """Call after each step; returns whether memory was released."""
         self._steps += 1
         now = self._resident()
-        if self._steps == 1 or (self._releases == 0 and self._steps <= LEAST_STEPS):
+        if self._steps <= self._first:
             self._needed = max(self._needed, now)
         if self._steps < LEAST_STEPS or now <= GROWTH * self._needed:
             return False
         self._release()
-        self._steps, self._releases = 0, self._releases + 1
+        self._first, self._steps = 1, 0
         return True
 
 

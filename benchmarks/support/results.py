@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from rich.console import Console
 
 RESULTS = Path(__file__).parents[1] / "results"
-# What sets processors of one name apart, as Linux calls it.
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+# What sets processors of one name apart, as torch calls it.
+INSTRUCTIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 LIBRARIES = ("torch", "transformers", "ray", "deepspeed", "schedulefree", "numpy", "numba", "pyarrow")
 
 
@@ -44,13 +45,10 @@ class Goal:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on, and how busy it was when they were."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = said.get("flags", "").split()
+    found = torch.cpu.get_capabilities()
     return {
-        "processor": said.get("model name", platform.processor()),
-        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "processor": found.get("cpu_name", platform.processor()),
+        "instructions": [name for name in INSTRUCTIONS if found.get(name)],
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
