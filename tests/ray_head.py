@@ -17,10 +17,11 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.processes import STOP_SECONDS, family, kill
+
 BIN = Path(sys.executable).parent
 
 _START_SECONDS = 60
-_STOP_SECONDS = 30
 _PORTS = (
     "port",
     "dashboard-port",
@@ -107,12 +108,11 @@ def ray_head(cpus: int = 2) -> Iterator[RayHead]:
                 time.sleep(0.2)
         yield RayHead(address, environment, folder)
     finally:
-        started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        started = family(process.pid)
         process.terminate()
-        _, alive = psutil.wait_procs(started, _STOP_SECONDS)
-        for survivor in alive:
-            survivor.kill()
-        process.wait(_STOP_SECONDS)
+        _, alive = psutil.wait_procs(started, STOP_SECONDS)
+        kill(alive)
+        process.wait(STOP_SECONDS)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import yaml
@@ -23,6 +22,7 @@ from cluster.registry import Registry
 from colbert_core.errors import TrainingError
 from colbert_core.metrics import paired_bootstrap
 from jobs import ablate, evaluate
+from tests.processes import family, kill
 from tests.tiny_data import word_source
 from tests.tiny_models import tiny_bert_dir
 
@@ -86,18 +86,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """Kills a job, its Ray and everything that they started."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
-    psutil.wait_procs(family[1:], timeout=30)
-
-
 def finished(trials: list[Trial], judge: Evaluator) -> list[Trial]:
     return [trial for trial in trials if judge.knows_model(trial.ref, METRICS)]
 
@@ -121,7 +109,8 @@ def test_a_killed_study_goes_on_where_it_was(study: Path, judge: Evaluator, tmp_
             assert job.poll() is None, "the job ended before it was killed"
             time.sleep(0.1)
     finally:
-        kill_all(job)
+        kill(family(job.pid))
+        job.wait()
     done = finished(trials, judge)
     assert [str(trial) for trial in done] == ["baseline · seed 1"]
     tuples = registry.manifest(tuples_ref(recipe, "mined")).created_at

@@ -31,6 +31,7 @@ from colbert_core.index import open_index
 from colbert_core.maxsim import maxsim_ragged
 from jobs import index
 from tests.fragile_worker import FragileWorker
+from tests.processes import family
 from tests.s3_server import S3Server
 from tests.tiny_data import data_recipe, write_source
 from tests.tiny_models import WORDS, tiny_bert_dir
@@ -244,10 +245,10 @@ def test_a_killed_build_goes_on(built: Recipe, root: Path) -> None:
         while not any(area.store.exists(area.shard_key(shard)) for shard in range(4)):
             assert process.poll() is None
             time.sleep(0.002)
-        family = psutil.Process(process.pid).children(recursive=True)
+        started = family(process.pid)
         process.kill()
     # Its workers end with it, and write nothing more.
-    workers = [child for child in family if named(child, "IndexWorker")]
+    workers = [child for child in started if named(child, "IndexWorker")]
     assert workers
     assert psutil.wait_procs(workers, timeout=60)[1] == []
     assert not Registry.open(given.storage).exists(index_ref(given))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from jobs import compact_index, index, update_index
 from serving.protocol import GroupQuery
 from serving.shards import open_group
 from serving.versions import load_served
+from tests.processes import family
 from tests.tiny_data import data_recipe, write_source
 from tests.tiny_models import WORDS, tiny_bert_dir
 
@@ -211,11 +211,9 @@ def test_killed_updates_go_on(built: Recipe, updated: str, root: Path) -> None:
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """Kills a job, and waits for its Ray workers, which end with it."""
-    family: list[psutil.Process] = []
-    with suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid).children(recursive=True)
+    started = family(process.pid)
     process.kill()
-    psutil.wait_procs(family, timeout=60)
+    psutil.wait_procs(started, timeout=60)
 
 
 def contents(registry: Registry, ref: ArtifactRef) -> dict[str, str]:

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from colbert_core.errors import ArtifactNotFound, ConfigError
 from colbert_core.index import Searcher, open_index
 from colbert_core.maxsim import maxsim_ragged
 from serving.app import deploy
+from tests.processes import family, kill
 from tests.tiny_index import Document, publish_tiny_index, publish_tiny_model
 from tests.tiny_models import WORDS
 
@@ -154,7 +154,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         while (found := re.search(r"served at (http://[\d.:]+)", output.read_text())) is None:
             assert process.poll() is None and time.monotonic() < end, output.read_text()
             time.sleep(0.1)
-        started = psutil.Process(process.pid).children(recursive=True)
+        started = family(process.pid)
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(headers=headers, timeout=60.0) as client:
             yield Service(found[1], recipe, registry, model, client, process)
@@ -163,9 +163,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         assert "time: total" in output.read_text(), "the job ends with its report"
         assert not psutil.wait_procs(started, STOP_SECONDS)[1], "no process of the service is left"
     finally:
-        for left in [*started, *([] if process.poll() is not None else [psutil.Process(process.pid)])]:
-            with suppress(psutil.NoSuchProcess):
-                left.kill()
+        kill([*started, *family(process.pid)])
         process.wait(STOP_SECONDS)
 
 
@@ -326,7 +324,7 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_that_answers(service: Se
 def test_a_killed_group_is_named_or_fails_the_request_and_comes_back(service: Service) -> None:
     (replica,) = [
         child
-        for child in psutil.Process(service.process.pid).children(recursive=True)
+        for child in family(service.process.pid)
         if "ServeReplica:raycolbert:shards-1" in " ".join(child.cmdline())
     ]
     replica.kill()
