@@ -27,7 +27,7 @@ from cluster.config import StorageConfig
 from cluster.storage.api import RESERVED, ObjectInfo, ObjectStore, check_key, check_prefix, check_range
 from colbert_core.errors import ConfigError, ObjectNotFound, PreconditionFailed, StorageError
 
-_TRIES = 8
+_TRIES = 100
 
 
 class LocalStore(ObjectStore):
@@ -245,16 +245,23 @@ class LocalStore(ObjectStore):
 
 def _place(temporary: Path, target: Path, *, exclusive: bool) -> None:
     """Moves a finished file to its place; ``exclusive`` fails with FileExistsError if it is taken."""
-    for attempt in range(_TRIES):
+    # A concurrent delete may remove a folder that it has emptied between any two of these lines.
+    for _ in range(_TRIES):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:
+            continue
         except (FileExistsError, NotADirectoryError):
-            raise StorageError(f"cannot write {target}: another object lies above this key") from None
+            if any(parent.is_file() for parent in target.parents):
+                raise StorageError(f"cannot write {target}: another object lies above this key") from None
+            continue
         if target.is_dir():
-            with suppress(OSError):
+            try:
                 target.rmdir()
+            except FileNotFoundError:
                 continue
-            raise IsADirectoryError
+            except OSError:
+                raise IsADirectoryError from None
         try:
             if exclusive:
                 os.link(temporary, target)
@@ -262,9 +269,8 @@ def _place(temporary: Path, target: Path, *, exclusive: bool) -> None:
                 temporary.replace(target)
             return
         except FileNotFoundError:
-            # A concurrent delete has just removed the emptied folder.
-            if attempt == _TRIES - 1:
-                raise
+            continue
+    raise StorageError(f"cannot write {target}: {_TRIES} times its folder was removed by others")
 
 
 def _etag(status: os.stat_result) -> str:

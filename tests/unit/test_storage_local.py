@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -46,6 +47,20 @@ def test_reading_makes_no_directory(store: LocalStore) -> None:
     assert list(store.list()) == []
     assert not store.exists("a")
     assert not store.root.exists()
+
+
+def test_folders_that_others_empty_hinder_no_writer(store: LocalStore) -> None:
+    """Each deletes what it wrote, and with it the folders that are empty then, which others write into."""
+
+    def write_and_delete(number: int) -> None:
+        for turn in range(100):
+            key = f"a/b/c/{number}"
+            store.put(key, b"x", if_absent=turn % 2 == 0)
+            assert store.get(key) == b"x"
+            store.delete(key)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_and_delete, range(8)))
 
 
 def test_a_key_below_an_object_is_refused(store: LocalStore) -> None:
