@@ -24,6 +24,7 @@ import stat
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,8 +35,10 @@ from cluster.storage.api import ObjectStore, file_sha256
 from cluster.transfers import transfer
 from colbert_core.errors import IntegrityError, ObjectNotFound, StorageError
 
-# The artifacts in use by this process, whatever registry pulled them, and the locks that say so.
+# The artifacts in use by this process, whatever registry pulled them: the locks that say so, and how often
+# each was pulled without being released.
 _HELD: dict[Path, IO[bytes]] = {}
+_PULLS: Counter[Path] = Counter()
 _MUTEX = threading.Lock()
 _ABANDONED_S = 24 * 3600.0
 _SEALED_AT = 1_000_000_000.0
@@ -85,11 +88,13 @@ class ArtifactCache:
         return target
 
     def release(self, directory: Path) -> None:
-        """Lets go of an artifact that this process has pulled: it may be evicted from now on."""
+        """Undoes a pull; an artifact that was released as often as it was pulled may be evicted."""
         with _MUTEX:
-            lock = _HELD.pop(directory, None)
-        if lock is not None:
-            lock.close()
+            _PULLS[directory] -= 1
+            if _PULLS[directory] <= 0:
+                del _PULLS[directory]
+                if (lock := _HELD.pop(directory, None)) is not None:
+                    lock.close()
 
     def evict(self, room: int = 0) -> list[Path]:
         """Removes the artifacts used longest ago until ``room`` bytes more would fit.
@@ -224,6 +229,7 @@ class ArtifactCache:
                 stream = path.open("ab")
                 fcntl.flock(stream, fcntl.LOCK_SH)
                 _HELD[artifact] = stream
+            _PULLS[artifact] += 1
         os.utime(path)
 
     def _last_use(self, artifact: Path) -> float:

@@ -211,7 +211,11 @@ class BackgroundSave:
         """Writes the state to local disk with ``write``, then uploads it in the background."""
         self.wait()
         directory = Path(tempfile.mkdtemp(prefix="raycolbert-state-"))
-        files = write(directory)
+        try:
+            files = write(directory)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
         self.step = step
         self.saves += 1
         self._upload = self._pool.submit(self._send, step, directory, files)

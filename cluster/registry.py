@@ -252,12 +252,16 @@ class Registry:
 
         Raises:
             VersionExists: the version is published already, or another publisher was first.
-            StorageError: the directory holds no file, or a name that cannot be a key.
+            StorageError: the directory holds no file, or a name that cannot be a key; or a file is gone.
         """
         files = _files_below(Path(directory))
         staged = self.staging(ref)
         sizes = {path: local.stat().st_size for path, local in files.items()}
         parts = transfer(f"publish {ref}", sizes, lambda path: staged.upload(path, files[path]))
+        # A file that an earlier publish had left may have been collected since it was found.
+        there = transfer(f"check {ref}", sizes, lambda path: staged.is_there(parts[path]))
+        if gone := [path for path, found in there.items() if not found]:
+            raise StorageError(f"{ref} is not published: removed meanwhile: {', '.join(gone)}; try again")
         entries = {path: part.entry for path, part in parts.items()}
         return staged.finish(
             entries, parents=parents, recipe=recipe, fingerprint=fingerprint, metrics=metrics, extra=extra

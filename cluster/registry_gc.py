@@ -1,8 +1,8 @@
 """Garbage collection: versions that nothing needs, and what killed jobs left behind.
 
 A version is kept if an alias points to it (or did before its last movement, so that a rollback works), if
-it is young, or if such a version was made from it, at any distance. If any manifest cannot be read, its
-lineage is unknown and nothing is collected at all.
+it is young, if a training run that lives learns from it, or if such a version was made from it, at any
+distance. If any manifest cannot be read, its lineage is unknown and nothing is collected at all.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from cluster.artifacts import ArtifactRef
 from cluster.manifest import KINDS, Manifest, manifest_key
 from cluster.registry import Registry
+from cluster.run_lease import inputs_of_runs
 from cluster.storage import ObjectInfo
 from colbert_core.errors import IntegrityError
 
@@ -68,6 +69,9 @@ def collect(
     A version's manifest goes first, so that a collection that is killed leaves no damaged version; children
     go before what they were made from.
 
+    What a training run learns from is kept while the run lives, and for ``staging_older_than`` after its last
+    sign of life.
+
     Args:
         registry: where.
         older_than: age of a version below which it is kept.
@@ -88,7 +92,9 @@ def collect(
         if any(info.key == manifest_key(ref) for info in objects):
             manifests[ref] = registry.manifest(ref)
     young = {ref for ref, manifest in manifests.items() if now - manifest.created_at < older_than}
-    kept = _with_ancestors(young | _aliased(registry, folders), manifests)
+    staging_limit = now - staging_older_than
+    roots = young | _aliased(registry, folders) | inputs_of_runs(store, staging_limit)
+    kept = _with_ancestors(roots, manifests)
 
     garbage = []
     for ref in _children_first(set(manifests) - kept, manifests):
@@ -99,26 +105,28 @@ def collect(
             if ref in kept:
                 continue
             store.delete(manifest_key(ref))
-            _delete(registry, folders[ref])
+            _delete(registry, ref.prefix, folders[ref])
         garbage.append(_describe("version", str(ref), folders[ref]))
-    staging_limit = now - staging_older_than
     for ref, objects in folders.items():
         if ref not in manifests and all(info.modified < staging_limit for info in objects):
             garbage.append(_describe("staging", ref.prefix, objects))
-            if not dry_run and not registry.exists(ref):
-                _delete(registry, objects)
+            if not dry_run:
+                # Somebody may have taken the publish up again since the folders were read.
+                present = list(store.list(ref.prefix))
+                if set(present) <= set(objects) and not registry.exists(ref):
+                    _delete(registry, ref.prefix, objects)
         elif ref in kept and ref in manifests:
             named = {manifest_key(ref), *(manifests[ref].key_of(path) for path in manifests[ref].files)}
             unnamed = [info for info in objects if info.key not in named and info.modified < staging_limit]
             if unnamed:
                 garbage.append(_describe("leftover", ref.prefix, unnamed))
                 if not dry_run:
-                    _delete(registry, unnamed)
+                    _delete(registry, ref.prefix, unnamed)
     probes = [info for info in store.list(".probe/") if info.modified < now - _PROBE_AGE]
     if probes:
         garbage.append(_describe("probe", ".probe/", probes))
         if not dry_run:
-            _delete(registry, probes)
+            _delete(registry, ".probe/", probes)
     uploads = store.abort_uploads(staging_limit, dry_run=dry_run)
     garbage += [Garbage(what="upload", name=key) for key in uploads]
     return Collection(dry_run=dry_run, garbage=garbage, kept_versions=len(kept & set(manifests)))
@@ -182,7 +190,9 @@ def _describe(what: str, name: str, objects: list[ObjectInfo]) -> Garbage:
     )
 
 
-def _delete(registry: Registry, objects: list[ObjectInfo]) -> None:
+def _delete(registry: Registry, prefix: str, objects: list[ObjectInfo]) -> None:
+    """Deletes objects below a prefix, but for those that were written anew since they were listed."""
+    unchanged = set(objects).intersection(registry.store.list(prefix))
     # Part records first: a publish that resumes now must not believe in files that are about to go.
-    for info in sorted(objects, key=lambda info: "/.parts/" not in info.key):
+    for info in sorted(unchanged, key=lambda info: ("/.parts/" not in info.key, info.key)):
         registry.store.delete(info.key)

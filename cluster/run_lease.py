@@ -13,9 +13,13 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from types import TracebackType
 
+from cluster.artifacts import ArtifactRef
+from cluster.manifest import parse_ref
 from cluster.storage import ObjectStore
 from colbert_core.errors import ObjectNotFound, PreconditionFailed, StorageError, TrainingError
 
@@ -29,6 +33,7 @@ class RunLease:
     Args:
         store: the storage.
         key: the lease object.
+        inputs: what the run is made from, for the collection of garbage to keep.
         heartbeat_s: seconds between signs of life.
         stale_s: seconds without one after which a lease may be taken over; several heartbeats.
 
@@ -37,7 +42,13 @@ class RunLease:
     """
 
     def __init__(
-        self, store: ObjectStore, key: str, *, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S
+        self,
+        store: ObjectStore,
+        key: str,
+        *,
+        inputs: Sequence[ArtifactRef] = (),
+        heartbeat_s: float = HEARTBEAT_S,
+        stale_s: float = STALE_S,
     ) -> None:
         self._store, self._key = store, key
         self._heartbeat_s, self._stale_s = heartbeat_s, stale_s
@@ -47,6 +58,7 @@ class RunLease:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": datetime.now(timezone.utc).isoformat(),
+            "inputs": [str(ref) for ref in inputs],
         }
         self._beats = 0
         self._etag = ""
@@ -72,8 +84,10 @@ class RunLease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if not self.lost:
-            self._store.delete(self._key)
+        # One that cannot be looked at or deleted now goes stale, and must not hide how the run ended.
+        with suppress(StorageError):
+            if self._own() is not None:
+                self._store.delete(self._key)
 
     def _acquire(self) -> str:
         try:
@@ -107,11 +121,24 @@ class RunLease:
             try:
                 self._etag = self._store.put(self._key, self._content(), if_match=self._etag)
             except PreconditionFailed:
-                self._lost.set()
-                return
+                # An earlier beat may have arrived although its answer did not.
+                with suppress(StorageError):
+                    etag = self._own()
+                    if etag is None:
+                        self._lost.set()
+                        return
+                    self._etag = etag
             except StorageError:
                 # Storage that is away for a moment also keeps others from taking the lease.
                 continue
+
+    def _own(self) -> str | None:
+        """The lease's etag as it is stored now, if it is this process's."""
+        try:
+            data, etag = self._store.get_with_etag(self._key)
+        except ObjectNotFound:
+            return None
+        return etag if json.loads(data).get("holder") == self._holder["holder"] else None
 
     def _content(self) -> bytes:
         return json.dumps({**self._holder, "beats": self._beats}).encode()
@@ -125,3 +152,14 @@ class RunLease:
             f"{place}: the run is in use by process {holder['pid']} on {holder['host']} "
             f"since {holder['since']}"
         )
+
+
+def inputs_of_runs(store: ObjectStore, since: datetime) -> set[ArtifactRef]:
+    """What the runs are made from whose lease has shown a sign of life since then."""
+    found: set[ArtifactRef] = set()
+    for run in store.list_folders("runs/"):
+        key = f"runs/{run}/lease.json"
+        with suppress(ObjectNotFound):  # no lease, or a run that ends just now
+            if store.head(key).modified >= since:
+                found |= {parse_ref(ref) for ref in json.loads(store.get(key)).get("inputs", ())}
+    return found

@@ -38,11 +38,14 @@ class StagedArtifact:
         self.store = store
         self.ref = ref
 
-    def begin(self, data: str) -> None:
+    def begin(self, data: str) -> bool:
         """Notes what the files are made of; the records of files of anything else are removed.
 
         Args:
             data: fingerprint of the input that the version's name does not cover.
+
+        Returns:
+            Whether what is recorded was made of the same.
         """
         key = f"{self._parts_prefix()}data"
         try:
@@ -54,6 +57,7 @@ class StagedArtifact:
                 if info.key.endswith(".json"):
                     self.store.delete(info.key)
             self.store.put(key, data.encode())
+        return known
 
     def upload(self, path: str, local: Path, *, keep_existing: bool = False) -> Part:
         """Uploads a file, unless it is there with the same content, and records it.
@@ -75,7 +79,7 @@ class StagedArtifact:
             raise StorageError(f"{self.ref}: cannot read {local}: {error.strerror}") from None
         recorded = self._part(path)
         stands = recorded is not None and (keep_existing or recorded.entry.sha256 == entry.sha256)
-        if recorded is not None and stands and self._is_there(recorded):
+        if recorded is not None and stands and self.is_there(recorded):
             self._refresh(recorded)
             return recorded
         key = self._claim(path, entry.sha256)
@@ -130,7 +134,7 @@ class StagedArtifact:
         missing = [path for path in wanted if path not in parts]
         with ThreadPoolExecutor(_THREADS) as pool:
             recorded = [path for path in wanted if path in parts]
-            there = pool.map(lambda path: self._is_there(parts[path]), recorded)
+            there = pool.map(lambda path: self.is_there(parts[path]), recorded)
             missing += [path for path, found in zip(recorded, there, strict=True) if not found]
         if missing or not wanted:
             if self.store.exists(manifest_key(self.ref)):
@@ -203,7 +207,8 @@ class StagedArtifact:
             raise VersionExists(f"{self.ref} was published by another meanwhile, in {self.store.uri}")
         return natural
 
-    def _is_there(self, part: Part) -> bool:
+    def is_there(self, part: Part) -> bool:
+        """Is a recorded file in storage, at its full size?"""
         try:
             key = self.ref.prefix + (part.entry.key or f"files/{part.path}")
             return self.store.head(key).size == part.entry.size

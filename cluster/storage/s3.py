@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -304,7 +305,9 @@ class S3Store(ObjectStore):
             request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
         for key, upload in () if dry_run else stale:
             abort = partial(self._client.abort_multipart_upload, Bucket=self.bucket, Key=key, UploadId=upload)
-            self._call("abort_upload", self._relative(key), abort)
+            # Gone already: its uploader has finished it, or another collection was here.
+            with suppress(UploadLost):
+                self._call("abort_upload", self._relative(key), abort)
         return [self._relative(key) for key, _ in stale]
 
     def arrow(self) -> tuple[FileSystem, str]:

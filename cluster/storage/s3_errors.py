@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 
 from botocore import exceptions as boto
@@ -49,6 +50,9 @@ REQUEST_ERRORS = (ClientError, BotoCoreError, ResponseParserError, HTTPError, Co
 
 _CONNECTION_ERRORS = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError)
 
+BROKEN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+"""A connection that broke inside TLS, like any other that breaks; a certificate, say, stays wrong."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -88,7 +92,7 @@ def explain(error: Exception) -> Fault:
     if isinstance(error, _CONNECTION_ERRORS):
         return Fault("the endpoint cannot be reached", transient=True, no_contact=True)
     if isinstance(error, boto.SSLError):
-        return Fault(f"TLS failed: {error}")
+        return Fault(f"TLS failed: {error}", transient=_broke_off(error))
     if isinstance(error, (boto.ReadTimeoutError, TimeoutError)):
         return Fault("the server did not answer in time", transient=True)
     if isinstance(error, (boto.IncompleteReadError, boto.ResponseStreamingError)):
@@ -102,6 +106,11 @@ def explain(error: Exception) -> Fault:
     if isinstance(error, BotoCoreError):
         return Fault(str(error))
     raise error
+
+
+def _broke_off(error: boto.SSLError) -> bool:
+    """Did the connection break? boto3 wraps urllib3's error, and that wraps Python's."""
+    return any(isinstance(cause, BROKEN_TLS) for cause in getattr(error.kwargs.get("error"), "args", ()))
 
 
 def _explain_answer(error: ClientError) -> Fault:

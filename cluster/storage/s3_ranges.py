@@ -21,6 +21,8 @@ from botocore.awsrequest import AWSRequest
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
+from cluster.storage.s3_errors import BROKEN_TLS
+
 _IDLE_CONNECTIONS = 16
 # What was received is still in the processor's cache when it is hashed.
 _STEP_BYTES = 1 << 18
@@ -74,6 +76,8 @@ class RangeReader:
             connection, answer = self._ask(urlsplit(url).path, dict(request.headers.items()))
         except TimeoutError:
             raise
+        except BROKEN_TLS:
+            return None
         except ssl.SSLError:
             self._base = ""
             return None

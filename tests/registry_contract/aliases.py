@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from cluster.manifest import Manifest, seal, unseal
 from cluster.registry import Parent, Registry
 from cluster.registry_gc import collect
+from cluster.run_lease import RunLease
+from cluster.storage import ObjectInfo
 from colbert_core.errors import (
     ArtifactNotFound,
     IntegrityError,
@@ -188,3 +191,33 @@ class AliasContract:
         assert (
             Manifest.from_bytes(seal({k: v for k, v in manifest.items() if k != "digest"}), "m").ref == ref()
         )
+
+    def test_what_a_living_run_is_made_from_is_kept(self, registry: Registry, source: Path) -> None:
+        data = ref("t1", kind="data", name="tuples")
+        for version in (data, ref("start"), ref("unused")):
+            registry.publish(version, source / "deep")
+        now = datetime.now(timezone.utc) + timedelta(minutes=1)
+        with RunLease(registry.store, "runs/r/lease.json", inputs=[ref("start"), data]):
+            removed = collect(registry, older_than=timedelta(0), now=now, dry_run=False)
+        assert [item.name for item in removed.garbage] == ["models/ja@unused"]
+        removed = collect(registry, older_than=timedelta(0), now=now, dry_run=False)
+        assert {item.name for item in removed.garbage} == {str(data), "models/ja@start"}
+
+    def test_a_publish_taken_up_again_meanwhile_is_left_alone(
+        self, registry: Registry, source: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the listing of everything and the deletion of what an older, killed publish left."""
+        registry.staging(ref()).upload("config.json", source / "config.json")
+        month = datetime.now(timezone.utc) + timedelta(days=31)
+        whole = registry.store.list
+
+        def list_again(prefix: str = "") -> Iterator[ObjectInfo]:
+            if prefix == ref().prefix and not registry.exists(ref()):
+                registry.publish(ref(), source)
+            return whole(prefix)
+
+        monkeypatch.setattr(registry.store, "list", list_again)
+        collect(registry, now=month, dry_run=False)
+        monkeypatch.undo()
+        assert registry.exists(ref())
+        assert registry.verify(ref()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from pathlib import Path
 
@@ -165,4 +166,20 @@ def test_a_failed_upload_is_raised(store: ObjectStore) -> None:
         background.wait()
     with pytest.raises(StorageError, match="storage is away"):
         _ = background.uploaded
+    background.close()
+
+
+def test_a_state_that_cannot_be_written_leaves_nothing_behind(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def write(folder: Path) -> list[Path]:
+        part(folder, 0, "half")
+        raise OSError("no space left")
+
+    background = BackgroundSave(RunCheckpoints(store, "r"), 0, "a")
+    with pytest.raises(OSError, match="no space left"):
+        background.begin(40, write)
+    assert list(tmp_path.glob("raycolbert-state-*")) == []
     background.close()

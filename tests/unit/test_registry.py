@@ -137,6 +137,17 @@ def test_eviction_takes_the_oldest_and_spares_those_in_use(config: StorageConfig
     assert registry.cache.size() == 40_000
 
 
+def test_an_artifact_pulled_twice_is_released_twice(config: StorageConfig, tmp_path: Path) -> None:
+    registry = Registry.open(config)
+    registry.publish(ref(), write(tmp_path / "source"))
+    directory = registry.pull(ref())
+    assert registry.pull(ref()) == directory
+    registry.cache.release(directory)
+    assert registry.cache.evict(room=10**12) == []
+    registry.cache.release(directory)
+    assert registry.cache.evict(room=10**12) == [directory]
+
+
 def _hold(config: StorageConfig, ready: Path) -> None:
     Registry.open(config).pull(ref("v0"))
     ready.touch()

@@ -91,3 +91,23 @@ def test_a_holder_that_was_thought_dead_finds_out(store: ObjectStore) -> None:
             time.sleep(0.02)
         assert lease.lost
     assert store.get(KEY) == other
+
+
+def test_a_heartbeat_whose_answer_was_lost_is_no_loss(store: ObjectStore) -> None:
+    with RunLease(store, KEY, heartbeat_s=0.1) as lease:
+        # As if a beat had arrived that its holder took for failed.
+        content, _ = store.get_with_etag(KEY)
+        store.put(KEY, content)
+        beats = json.loads(content)["beats"]
+        deadline = time.monotonic() + 5
+        while json.loads(store.get(KEY))["beats"] < beats + 3:
+            assert time.monotonic() < deadline and not lease.lost
+            time.sleep(0.02)
+    assert not store.exists(KEY)
+
+
+def test_who_leaves_takes_no_lease_of_another_with_it(store: ObjectStore) -> None:
+    other = b'{"host": "other", "holder": "another"}'
+    with RunLease(store, KEY, heartbeat_s=60.0):
+        store.put(KEY, other)
+    assert store.get(KEY) == other

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import socketserver
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from cluster.config import StorageConfig
-from cluster.storage import s3_requests
+from cluster.storage import open_store, s3_requests
 from cluster.storage.s3_requests import S3Requests, backoff
 from colbert_core.errors import StorageError
 
@@ -48,3 +51,29 @@ def test_tries_end_with_the_time_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tries == len(waits) + 1
     assert 20 < now <= 30, "as long as the bound, and no longer"
     assert waits[0] < 0.11 and max(waits) > 2
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["closes", "no TLS"])
+def test_only_a_connection_that_breaks_inside_tls_is_tried_again(
+    answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "SOMEBODY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
+    tries = 0
+
+    class Once(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            nonlocal tries
+            tries += 1
+            self.request.recv(1 << 16)
+            self.request.sendall(answer)
+            self.request.shutdown(socket.SHUT_WR)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Once) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        url = f"https://127.0.0.1:{server.server_address[1]}"
+        store = open_store(StorageConfig(root="s3://b/r", endpoint_url=url, request_timeout_s=1))
+        with pytest.raises(StorageError, match="TLS failed"):
+            store.head("key")
+        server.shutdown()
+    assert (tries > 1) is (answer == b"")
