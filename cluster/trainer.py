@@ -6,11 +6,11 @@ import signal
 import threading
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from pyarrow.fs import FileSystem
 from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.callback import UserCallback
@@ -102,7 +102,11 @@ def train_phase(
     checkpoints = RunCheckpoints(registry.store, run)
     with (
         RunLease(
-            registry.store, f"{checkpoints.prefix}lease.json", heartbeat_s=heartbeat_s, stale_s=stale_s
+            registry.store,
+            f"{checkpoints.prefix}lease.json",
+            inputs=[job.init, *data],
+            heartbeat_s=heartbeat_s,
+            stale_s=stale_s,
         ) as lease,
         ProgressDisplay(registry.store, checkpoints.prefix, f"train {phase}"),
     ):
@@ -170,7 +174,9 @@ def _fit(job: PhaseJob, registry: Registry, callbacks: Sequence[UserCallback]) -
         # Ray Train leaves its own handler behind, which later would call a controller that is gone.
         if threading.current_thread() is threading.main_thread() and interrupt is not None:
             signal.signal(signal.SIGINT, interrupt)
-        _delete(filesystem, scratch)
+        # What is left there is of no use, and must not hide how the run ended.
+        with suppress(OSError):
+            filesystem.delete_dir_contents(scratch, missing_dir_ok=True)
     outcome = result.return_value
     if not isinstance(outcome, dict):
         raise TrainingError(f"training phase {phase.name!r} was stopped before its end")
@@ -224,7 +230,3 @@ def _reason(error: TrainingFailedError) -> str:
         cause = getattr(failure, "cause", None) or getattr(failure, "_base_exc", None) or failure
         return f"worker {rank}: {type(cause).__name__}: {cause}"
     return str(error)
-
-
-def _delete(filesystem: FileSystem, path: str) -> None:
-    filesystem.delete_dir_contents(path, missing_dir_ok=True)

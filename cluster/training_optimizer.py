@@ -104,7 +104,8 @@ def reset_state(
             state = {"z": value.clone(), "exp_avg_sq": torch.zeros_like(value)}
         else:
             state = {
-                "step": torch.tensor(0.0),
+                # The fused step counts where the parameter is.
+                "step": torch.zeros((), device=value.device),
                 "exp_avg": torch.zeros_like(value),
                 "exp_avg_sq": torch.zeros_like(value),
             }

@@ -27,7 +27,9 @@ class RunSaves:
     """What one worker does so that nothing of its run is lost; all methods but figures are collective.
 
     Training waits while states and models are written to local disk. They are uploaded beside it, one
-    state at a time: a save that is due while the one before is still on its way waits for that.
+    state at a time: a save that is due while the one before is still on its way waits for that. A state
+    becomes visible after the models that were due before it, since who goes on from it publishes none of
+    them again.
 
     Args:
         job: the phase.
@@ -104,10 +106,14 @@ class RunSaves:
         self.last = time.monotonic()
 
     def commit(self) -> None:
-        """Makes the save in flight visible, if there is one: every worker has said that it is uploaded."""
+        """Makes the save in flight visible, if there is one: every worker has said that it is uploaded.
+
+        A model that could not be published fails the save.
+        """
         if not self._saving:
             return
         step, log, records = self._save.step, self._log, self._records
+        models = list(self._publications)
         assert step is not None
         counters = {
             "tuples_seen": step * self._job.phase.queries_per_step,
@@ -119,6 +125,8 @@ class RunSaves:
         def publish() -> None:
             assert log is not None
             log.store(records)
+            for model in models:
+                model.result()
             fingerprint = phase_fingerprint(self._job.recipe, self._job.phase)
             self._checkpoints.commit(step, self._attempt, self._group.count, fingerprint, counters)
             self._checkpoints.trim()
