@@ -126,6 +126,8 @@ class IndexWorker:
             )
             for name in files:
                 self._staged.upload(f"codec/{name}", Path(folder) / name, keep_existing=True)
+        # Another builder's may have been first, and then everybody goes on with that.
+        codec = self._staged_codec(files)
         self._area.write_json(
             self._area.codec_key,
             {
@@ -215,10 +217,14 @@ class IndexWorker:
 
     @cached_property
     def _codec(self) -> Codec:
+        """The codec of this build."""
+        return self._staged_codec(self._area.read_json(self._area.codec_key)["files"])
+
+    def _staged_codec(self, files: Sequence[str]) -> Codec:
         """The codec that is staged, every byte checked."""
         parts = self._staged.parts()
         with TemporaryDirectory(prefix="raycolbert-codec-") as folder:
-            for path in self._area.read_json(self._area.codec_key)["files"]:
+            for path in files:
                 entry = parts[path].entry
                 data = self._registry.store.get(self._ref.prefix + (entry.key or f"files/{path}"))
                 if hashlib.sha256(data).hexdigest() != entry.sha256:

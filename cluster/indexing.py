@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.artifacts import ArtifactRef
 from cluster.config import IndexConfig, Recipe
+from cluster.config.base import fingerprint
 from cluster.data_files import DataFiles
 from cluster.index_corpus import BuildArea, Chunk, Counts, corpus_files, corpus_state
 from cluster.index_worker import IndexWorker
@@ -50,7 +51,10 @@ def build_index(
     staged = registry.staging(ref)
     area = BuildArea(registry.store, ref)
     data = DataFiles(recipe, corpus_files(recipe, config.sources))
-    area.begin({"model": str(model), "corpus": corpus_state(recipe, list(data.files))})
+    inputs = {"model": str(model), "corpus": corpus_state(recipe, list(data.files))}
+    if not staged.begin(fingerprint(inputs)):
+        area.clear()
+    area.begin(inputs)
     with WorkerPool(
         IndexWorker,
         (recipe, config, ref, model),

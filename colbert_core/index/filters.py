@@ -34,6 +34,8 @@ def eligible_documents(shard: Shard, condition: Filter | None) -> NDArray[np.boo
     if condition is None:
         return shard.live
     if isinstance(condition, pc.Expression):
+        if not len(shard):  # it has no metadata, whatever the others have
+            return shard.live
         return shard.live & _matches(shard, condition)
     if isinstance(condition, (str, bytes)):
         raise SearchError(f"a filter is a collection of ids or an expression, not the string {condition!r}")

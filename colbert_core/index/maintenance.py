@@ -29,6 +29,7 @@ from colbert_core.index.directory import (
     write_generation,
     write_tombstones,
 )
+from colbert_core.index.metadata import take_rows
 from colbert_core.index.shard import Shard
 from colbert_core.index.shard_writer import ShardWriter, shard_of
 
@@ -283,7 +284,7 @@ def _copy_live(shard: Shard, writers: Sequence[ShardWriter], progress: Callable[
             lengths = shard.offsets[chosen + 1] - shard.offsets[chosen]
             rows = np.concatenate([np.arange(shard.offsets[i], shard.offsets[i + 1]) for i in chosen])
             tokens = EncodedTokens(shard.codes[rows], shard.residuals[rows], shard.scales[rows])
-            table = shard.metadata.take(chosen) if shard.metadata is not None else None
+            table = take_rows(shard.metadata, chosen) if shard.metadata is not None else None
             writers[home].add_encoded(
                 [names[int(i)] for i in np.flatnonzero(homes == home)], tokens, lengths, table
             )

@@ -32,6 +32,7 @@ from colbert_core.index.merge import (
     takes_all,
     threshold,
 )
+from colbert_core.index.metadata import take_rows
 from colbert_core.index.query import Query, Run, prepare_query
 from colbert_core.index.shard import Shard
 from colbert_core.index.stages import Candidates, Limits, Scope
@@ -203,12 +204,14 @@ class Searcher:
         names = list(dict.fromkeys(ids))
         records: dict[str, dict[str, Any]] = {}
         for shard in self.shards:
-            if shard.metadata is None or (columns is not None and not columns):
+            if shard.metadata is None:
+                continue
+            wanted = [name for name in shard.metadata.column_names if columns is None or name in columns]
+            if not wanted:
                 continue
             place = self._live(shard, shard.find(names))
             found = np.flatnonzero(place >= 0)
-            wanted = [name for name in shard.metadata.column_names if columns is None or name in columns]
-            rows = shard.metadata.select(wanted).take(place[found]).to_pylist()
+            rows = take_rows(shard.metadata.select(wanted), place[found]).to_pylist()
             records.update((names[i], row) for i, row in zip(found, rows, strict=True))
         return records
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from colbert_core.errors import DataError, DimensionError
 from colbert_core.index.codec import Codec, EncodedTokens
+from colbert_core.index.metadata import take_rows
 from colbert_core.index.shard import (
     METADATA_FILE,
     FileInfo,
@@ -268,7 +269,7 @@ class ShardWriter:
             table = pa.ipc.open_stream(source).read_all()
             with pa.ipc.new_file(str(self._staging / METADATA_FILE), table.schema) as writer:
                 for start in range(0, len(order), METADATA_ROWS):
-                    rows = table.take(pa.array(order[start : start + METADATA_ROWS])).combine_chunks()
+                    rows = take_rows(table, order[start : start + METADATA_ROWS]).combine_chunks()
                     writer.write_table(rows, max_chunksize=METADATA_ROWS)
 
 

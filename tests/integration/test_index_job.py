@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from cluster.artifacts import base_ref, index_ref
 from cluster.config import Recipe, StorageConfig
+from cluster.config.base import fingerprint
 from cluster.data_files import DataFiles
-from cluster.index_corpus import BuildArea
+from cluster.index_corpus import BuildArea, corpus_state
 from cluster.manifest import Manifest, Parent, parse_ref
 from cluster.models import ensure_base, load_model_ref, pinned
 from cluster.ray_session import ray_session
@@ -25,9 +27,9 @@ from cluster.registry import Registry
 from cluster.sources import document_text
 from cluster.storage import ObjectInfo
 from cluster.worker_pool import WorkerPool
-from colbert_core.config import SearchConfig
+from colbert_core.config import CodecConfig, SearchConfig
 from colbert_core.errors import ArtifactNotFound, DataError
-from colbert_core.index import open_index
+from colbert_core.index import Codec, open_index
 from colbert_core.maxsim import maxsim_ragged
 from jobs import index
 from tests.fragile_worker import FragileWorker
@@ -205,6 +207,27 @@ def test_typed_errors_come_through(root: Path) -> None:
         index.run(recipe(root, root / "errors", "twice"))
     with pytest.raises(ArtifactNotFound, match="nothing is published under models/nobody"):
         index.run(recipe(root, root / "errors", model="nobody@production"))
+
+
+@pytest.mark.parametrize("other", ["another corpus", "the same"])
+def test_a_codec_that_is_staged_already(root: Path, other: str) -> None:
+    """Left by a killed build of another corpus it is made anew; that of a builder who was first stands."""
+    add_source(root, other, corpus(40))
+    given = recipe(root, root / other, other)
+    registry = Registry.open(given.storage)
+    model = ensure_base(given, registry)
+    files = corpus_state(given, [f"{other}/corpus.parquet"])
+    staged = registry.staging(index_ref(given))
+    staged.begin(fingerprint({"model": str(model), "corpus": files if other == "the same" else "gone"}))
+    vectors = np.random.default_rng(0).standard_normal((500, 16)).astype(np.float32)
+    codec = Codec.train(vectors, CodecConfig(centroids=32), total_tokens=500, threads=1)
+    codec.save(root / f"{other} codec")
+    for name in ("codec.json", "codec.safetensors"):
+        staged.upload(f"codec/{name}", root / f"{other} codec" / name)
+    index.run(given)
+    manifest = published(given)
+    assert (manifest.extra["codec"] == codec.sha256) is (other == "the same")
+    assert len(searched(given)[0]) == 10
 
 
 def test_few_documents_and_a_moved_alias(root: Path, s3_server: S3Server) -> None:

@@ -94,6 +94,19 @@ def test_filters_that_make_no_sense_are_refused(searcher: Searcher, condition: o
         searcher.search(QUERIES[:1], 5, filter=condition)  # type: ignore[arg-type]
 
 
+def test_a_shard_without_documents_has_no_say_in_a_filter(
+    searcher: Searcher, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    part = CORPUS.part(np.arange(5))
+    folder, codec = tmp_path_factory.mktemp("sparse"), searcher.codec
+    write_shard(folder / "some", codec, part.ids, part.vectors, part.lengths, part.metadata)
+    write_shard(folder / "none", codec, [], np.empty((0, codec.dim), np.float32), [])
+    sparse = Searcher(codec, [Shard.open(folder / name, codec) for name in ("some", "none")])
+    (hits,) = sparse.search(QUERIES[:1], 5, filter=pc.field("number") < 1500)
+    assert sorted(numbers(hits)) == sorted(n for n in part.metadata["number"].to_pylist() if n < 1500) != []
+    sparse.close()
+
+
 def test_a_condition_needs_metadata(searcher: Searcher, tmp_path_factory: pytest.TempPathFactory) -> None:
     part = CORPUS.part(np.arange(5))
     directory = tmp_path_factory.mktemp("plain") / "s"

@@ -239,7 +239,7 @@ def test_records_hold_metadata_of_live_documents(indexes: dict[int, Searcher]) -
         "文書-4": {"number": 4, "colour": "green"},
     }
     assert indexes[3].records(["文書-5"], ["colour", "title"]) == {"文書-5": {"colour": None}}
-    assert indexes[3].records(["文書-5"], []) == {}
+    assert indexes[3].records(["文書-5"], []) == indexes[3].records(["文書-5"], ["title"]) == {}
 
 
 def test_requests_that_make_no_sense_are_refused(whole: Searcher) -> None:
