@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
@@ -85,7 +86,11 @@ class SearchService:
         """
         watch = Stopwatch(self._metrics)
         self._check_texts("queries", request.texts, self._config.max_queries)
-        self._check_k(request.k)
+        self._check_limit("k", request.k, self._config.max_k)
+        if request.search is not None:
+            for name in ("probes", "candidates", "rerank"):
+                limit = getattr(self._config, f"max_{name}")
+                self._check_limit(f"search.{name}", getattr(request.search, name), limit)
         version = self._versions.served(request.index_version)
         vectors = await self._queries.encode(version.encode_queries, request.texts)
         watch.lap("encode")
@@ -130,8 +135,9 @@ class SearchService:
         if request.documents is not None:
             documents = await self._encode_documents(version, request.documents)
             watch.lap("encode_documents")
-            scores = maxsim_ragged(torch.from_numpy(vectors[0]), documents).tolist()
-            ranked = [RankedText(index=i, score=score) for i, score in enumerate(scores)]
+            # Not on the event loop: other requests would wait, and deadlines pass, while it computes.
+            scores = await asyncio.to_thread(maxsim_ragged, torch.from_numpy(vectors[0]), documents)
+            ranked = [RankedText(index=i, score=score) for i, score in enumerate(scores.tolist())]
         else:
             ids = list(request.document_ids or ())
             found = await self._score(version, vectors, ids, request.allow_partial)
@@ -190,9 +196,9 @@ class SearchService:
                     "are allowed"
                 )
 
-    def _check_k(self, k: int) -> None:
-        if k > self._config.max_k:
-            raise SearchError(f"k: {k} is given, at most {self._config.max_k} is allowed")
+    def _check_limit(self, name: str, given: int, most: int) -> None:
+        if given > most:
+            raise SearchError(f"{name}: {given} is given, at most {most} is allowed")
 
 
 def _group_query(version: ServedVersion, vectors: list[np.ndarray], **settings: Any) -> GroupQuery:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -69,9 +70,13 @@ def open_group(registry: Registry, ref: ArtifactRef, group: int, groups: int, th
     wanted = ("codec/", "generations/", "tombstones/", *(f"{path}/" for path in mine))
     files = [path for path in registry.manifest(ref).files if path.startswith(wanted)]
     # The registry checks every byte against its SHA-256; opening need not do that again.
-    searcher = open_index(registry.pull(ref, paths=files), shards=mine, threads=threads)
+    directory = registry.pull(ref, paths=files)
+    searcher = open_index(directory, shards=mine, threads=threads)
     _warm(searcher)
-    return GroupShards(searcher)
+    shards = GroupShards(searcher)
+    # When no search holds it any longer, its files may make room for newer versions'.
+    weakref.finalize(shards, registry.cache.release, directory)
+    return shards
 
 
 def shard_paths(registry: Registry, ref: ArtifactRef) -> list[str]:
@@ -87,9 +92,9 @@ def shard_paths(registry: Registry, ref: ArtifactRef) -> list[str]:
         folders = [PurePosixPath(path).parent for path in files if path.endswith(f"/{MANIFEST_FILE}")]
         paths = sorted(str(folder) for folder in folders if folder.parent.name == "shards")
     else:
-        newest = registry.pull(ref, paths=[generations[-1]]) / generations[-1]
         try:
-            tree = json.loads(newest.read_text(encoding="utf-8"))
+            with registry.open_file(ref, generations[-1]) as newest:
+                tree = json.load(newest)
             tree.pop("sha256", None)
             paths = [entry.path for entry in Generation.model_validate(tree).shards]
         except (ValueError, AttributeError) as error:
@@ -100,6 +105,8 @@ def shard_paths(registry: Registry, ref: ArtifactRef) -> list[str]:
 
 
 def _warm(searcher: Searcher) -> None:
-    """Compiles or loads every kernel of a search, so that no request waits for that."""
+    """Compiles or loads all that a search needs, so that no request waits for that."""
     query = np.full((1, searcher.codec.dim), searcher.codec.dim**-0.5, dtype=np.float32)
     searcher.search_partial([query], 1)
+    for shard in searcher.shards:
+        _ = shard.metadata  # maps it, and reads all of it once, to validate it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,12 +17,15 @@ from time import monotonic
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from cluster.artifacts import ArtifactRef
-from cluster.models import load_model_ref
 from cluster.registry import Registry
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import IndexFormatError, RaycolbertError
+from colbert_core.formats import load_model
+from colbert_core.maxsim import maxsim_ragged
+from colbert_core.vectors import RaggedVectors
 from serving.errors import NotReady, VersionNotServed
 from serving.metrics import Metrics
 from serving.protocol import GroupHealth, Health, ReplicaState
@@ -68,7 +72,18 @@ def load_served(registry: Registry, ref: ArtifactRef) -> ServedVersion:
     models = [parent.ref for parent in manifest.parents if parent.ref.kind == "models"]
     if len(models) != 1:
         raise IndexFormatError(f"{ref}: its manifest names {len(models)} models; an index has exactly one")
-    return ServedVersion(ref, load_model_ref(registry, models[0]), len(shard_paths(registry, ref)))
+    directory = registry.pull(models[0])
+    model = load_model(directory)
+    _warm(model)
+    served = ServedVersion(ref, model, len(shard_paths(registry, ref)))
+    weakref.finalize(served, registry.cache.release, directory)
+    return served
+
+
+def _warm(model: ColBERT) -> None:
+    """Compiles or loads the kernel of a rerank, so that no request waits for that."""
+    vector = torch.zeros(1, model.config.dim)
+    maxsim_ragged(vector, RaggedVectors(vector, torch.tensor([1])))
 
 
 class SyncedGroup(Protocol):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from colbert_core.config import SearchConfig
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ArtifactNotFound, IndexFormatError, IntegrityError, SearchError
 from colbert_core.index import Searcher, add_documents, delete_documents, open_index
+from colbert_core.maxsim import maxsim_ragged
+from serving import service
 from serving.errors import ShardsUnavailable, UnknownDocument
 from serving.metrics import Metrics
 from serving.protocol import GroupQuery, ReplicaState, RerankRequest, SearchRequest
@@ -190,10 +194,13 @@ def test_a_broken_group_fails_the_request_or_is_named_in_it(world: World) -> Non
         (SearchRequest(queries=["a", "b", "c"]), "queries: 3 are given, at most 2"),
         (SearchRequest(queries=["a", "x" * 31]), r"queries\.1: 31 characters, at most 30"),
         (SearchRequest(query="a", filter={"colour": "red"}), "colour"),
+        (SearchRequest(query="a", search=SearchConfig(probes=9)), r"search\.probes: 9 is given, at most 8"),
+        (SearchRequest(query="a", search=SearchConfig(probes=1, rerank=99)), r"search\.rerank: 99 is given"),
     ],
 )
 def test_limits_are_told_by_key(world: World, request_: SearchRequest, part: str) -> None:
-    limits = {"max_k": 10, "max_queries": 2, "max_text_length": 30}
+    limits = {"max_k": 10, "max_queries": 2, "max_text_length": 30, "max_probes": 8, "max_rerank": 9}
+    limits["max_candidates"] = 3000
     with pytest.raises(SearchError, match=part):
         world.run(lambda service: service.search(request_), **limits)
 
@@ -284,3 +291,31 @@ def test_a_damaged_file_keeps_a_group_from_opening(world: World, tmp_path: Path)
     open_group(registry, INDEX, 0, 2, 1)
     with pytest.raises(IntegrityError, match="shards/00001/ids"):
         open_group(registry, INDEX, 1, 2, 1)
+
+
+def test_versions_that_were_let_go_make_room_in_the_cache(tmp_path: Path) -> None:
+    storage = StorageConfig(root=str(tmp_path / "store"), cache_dir=str(tmp_path / "cache"))
+    registry = Registry.open(storage)
+    publish_tiny_index(registry, INDEX, publish_tiny_model(registry, MODEL), MODEL, DOCUMENTS[:20])
+    shards, served = open_group(registry, INDEX, 0, 1, 1), load_served(registry, INDEX)
+    assert registry.cache.evict(room=10**12) == []
+    del shards
+    (directory,) = registry.cache.evict(room=10**12)
+    assert directory.parent.name == INDEX.name
+    del served
+    gc.collect()
+    (directory,) = registry.cache.evict(room=10**12)
+    assert directory.parent.name == MODEL.name
+
+
+def test_a_rerank_is_computed_beside_other_requests(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return maxsim_ragged(*arguments)
+
+    monkeypatch.setattr(service, "maxsim_ragged", noted)
+    request = RerankRequest(query="cat", documents=["the cat", "tokyo"])
+    world.run(lambda service: service.rerank(request))
+    assert threads and threading.main_thread() not in threads
