@@ -21,10 +21,14 @@ from cluster.parts import read_part, write_part
 from cluster.registry import Registry, StagedArtifact
 from cluster.scorers import Candidates, Scorer, build_ensemble, minmax
 from cluster.scorers.progress import progress
+from cluster.scorers.vectors import share_cache
 from cluster.sources import load_source
 from cluster.tuples import Row, check_row
 from colbert_core import errors
 from colbert_core.errors import ObjectNotFound, RaycolbertError
+
+# Scorers that know more of a source's documents and queries than their texts.
+_OF_A_SOURCE = {"bm25", "labels"}
 
 
 @dataclass
@@ -141,6 +145,7 @@ class _ScoringActor:
 
     def __init__(self, scorer: PartScorer) -> None:
         torch.set_num_threads(max(1, int(scorer.scoring.cpus_per_worker)))
+        share_cache(scorer.scoring.workers)
         self._scorer = scorer
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
@@ -183,7 +188,9 @@ class PartScorer:
     @cached_property
     def _scorer(self) -> Scorer:
         mining = self._recipe.data.tuples[self._tuples].mine
-        source = load_source(self._recipe, mining.source) if mining else None
+        kinds = {self._recipe.scorers[name].kind for name in self.scoring.scorers}
+        # The others need only the texts that the parts hold, and each worker would hold the corpus.
+        source = load_source(self._recipe, mining.source) if mining and kinds & _OF_A_SOURCE else None
         return build_ensemble(self._recipe, self._tuples, self.scoring.scorers, source, self._registry)
 
     def score(self, path: str) -> None:

@@ -66,7 +66,7 @@ def launch(
     # The jobs show their own progress; a loading bar for every model and actor would bury it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    given = {name: value for name, value in extras.items() if value not in (None, False)}
+    given = {name: value for name, value in extras.items() if value is not None and value is not False}
     try:
         recipe = load_recipe(recipe_path, overrides)
         if address:

@@ -19,13 +19,15 @@ from cluster.registry import Registry
 from cluster.scorers.api import Candidates, Scorer, Scores
 from cluster.scorers.build import build_scorer
 from cluster.scorers.progress import progress
-from cluster.scorers.vectors import VectorScorer
+from cluster.scorers.vectors import VectorScorer, share_cache
 from cluster.sources import LabelledSource, load_source
 from colbert_core.errors import RaycolbertError
 from colbert_core.exact import Ranking, TopDocuments
 
 # Shares of work per worker: enough to even out workers of different speed.
 _SHARES = 4
+# Deaths of a worker, and of the call it was at, before the job gives up.
+RESTARTS = 3
 _ENCODERS = ("bi_encoder", "token_maxsim", "colbert")
 
 Call = Callable[[Any, Any], Any]
@@ -47,9 +49,11 @@ class ScorerWorkers:
         self.source = source
         self.recipe = recipe
         self.count = workers
-        actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Worker)
+        actor: Any = ray.remote(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS
+        )(_Worker)
         self.actors: list[Any] = [
-            actor.remote(recipe, source.name, max(1, int(cpus))) for _ in range(workers)
+            actor.remote(recipe, source.name, max(1, int(cpus)), workers) for _ in range(workers)
         ]
 
     def map(self, call: Call, shares: Sequence[Any], description: str) -> Iterator[Any]:
@@ -142,10 +146,14 @@ class DistributedScorer(Scorer):
 
 
 class _Worker:
-    """One actor; it builds a scorer when it is first asked for it."""
+    """One of several actors; it builds a scorer when it is first asked for it.
 
-    def __init__(self, recipe: Recipe, source_name: str, threads: int) -> None:
+    One that died is started again and knows nothing of before: all but its statistics comes out the same.
+    """
+
+    def __init__(self, recipe: Recipe, source_name: str, threads: int, workers: int) -> None:
         torch.set_num_threads(threads)
+        share_cache(workers)
         self._recipe = recipe
         self._registry = Registry.open(recipe.storage)
         self._source = load_source(recipe, source_name)

@@ -10,8 +10,8 @@ from itertools import compress, islice
 from typing import Protocol
 
 import numpy as np
-import psutil
 import torch
+from ray._common.utils import get_system_memory
 from torch import Tensor
 
 from cluster.scorers.api import Candidates, Scorer, Scores, query_texts
@@ -25,6 +25,7 @@ from colbert_core.vectors import RaggedVectors
 _BLOCK = 512
 # Share of the machine's memory that kept vectors may take: those of one encoder, and all together.
 _CACHE_SHARE = 1 / 8
+_processes = 1
 
 
 @dataclass(frozen=True)
@@ -232,5 +233,12 @@ def kept_vectors(identity: str) -> KeptVectors:
     return _KEPT[identity]
 
 
+def share_cache(processes: int) -> None:
+    """Says how many processes of this machine keep vectors; call it before the first is kept."""
+    global _processes  # noqa: PLW0603
+    _processes = processes
+
+
 def _limit() -> int:
-    return int(psutil.virtual_memory().total * _CACHE_SHARE)
+    # A container's memory, where it has less than the machine.
+    return int(get_system_memory() * _CACHE_SHARE / _processes)

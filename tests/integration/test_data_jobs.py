@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from cluster.artifacts import ArtifactRef, candidates_ref, tuples_ref
 from cluster.config import Recipe
@@ -189,6 +190,10 @@ def test_workers_find_what_one_process_finds(root: Path, storage: dict[str, Any]
             rows = [ids[i : i + 3] for i in range(50)]
             for left, right in zip(alone.score(queries, rows), shared.score(queries, rows), strict=True):
                 np.testing.assert_allclose(left, right, rtol=0.01)
+        # A worker that dies is started again, and its share of the work done again.
+        before = DistributedScorer("bm25", workers).search(queries, 10)
+        ray.kill(workers.actors[0], no_restart=False)
+        assert list(DistributedScorer("bm25", workers).search(queries, 10)) == list(before)
         with pytest.raises(ModelError, match="there are no weights for classifier") as raised:
             DistributedScorer("broken", workers).score(queries[:1], [ids[:1]])
         assert type(raised.value) is ModelError
