@@ -90,6 +90,7 @@ class World:
         self.root = root
         settings = tiny_settings(root) | {
             "train.1.steps": 1,
+            "train.1.num_workers": 1,
             "train.1.queries_per_step": 8,
             "train.1.micro_batch": 4,
             "train.1.freeze": "[embeddings.word_embeddings]",
@@ -183,10 +184,10 @@ def _in_beir_parquet(root: Path) -> None:
 def test_the_recipe_for_real_input_runs(shared_ray: None, tmp_path: Path) -> None:
     (command,) = (line for line in job_commands("raycolbert pipeline") if "jaquad" in line)
     _in_beir_parquet(tmp_path / "data")
-    averaged = {"average.inputs": "[{phase: pretrain, step: 1}, {phase: pretrain}]"}
+    fewer = {"average.inputs": "[{phase: pretrain, step: 1}, {phase: pretrain}]", "train.0.num_workers": 1}
     words = shlex.split(command.replace("DIRECTORY", str(tmp_path / "data")))[1:]
     words[words.index("--report") + 1] = str(tmp_path / "report")
-    for key, value in (tiny_settings(tmp_path) | averaged).items():
+    for key, value in (tiny_settings(tmp_path) | fewer).items():
         words += ["--set", f"{key}={value}"]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -16,9 +16,12 @@ import yaml
 
 from cluster.ablation import Trial, expand
 from cluster.artifacts import tuples_ref
+from cluster.checkpoints import RunCheckpoints
 from cluster.config import Recipe, load_recipe
 from cluster.evaluation import Evaluator, mean
 from cluster.registry import Registry
+from cluster.run_lease import RunLease
+from cluster.trainer import run_name
 from colbert_core.errors import TrainingError
 from colbert_core.metrics import paired_bootstrap
 from jobs import ablate, evaluate
@@ -178,6 +181,15 @@ def test_a_variant_that_diverges_is_shown_as_failed(study: Path) -> None:
     assert "the loss is inf over the tuples" in failed["scale=endless · seed 1"]
     assert report.warnings == [f"{name} failed: {reason}" for name, reason in failed.items()]
     assert report.details["scores"]["dev"].keys() == {"baseline", "loss=mse"}
-    # Without a baseline there is nothing to compare with; the variant is what an earlier trial was.
-    with pytest.raises(TrainingError, match=r"baseline · seed 1: .*the loss is inf"):
-        ablate.run(load_recipe(study, [seeds, f"train.0.loss={endless}"]))
+
+
+def test_without_a_baseline_there_is_nothing_to_compare_with(study: Path, judge: Evaluator) -> None:
+    # The variant is what an earlier trial was; the baseline's run is taken.
+    recipe = load_recipe(study, ["ablate.seeds=[1]", "train.0.loss={kl: 2}"])
+    baseline = expand(recipe)[0]
+    lease = f"{RunCheckpoints(judge.registry.store, run_name(baseline.recipe, 'p')).prefix}lease.json"
+    with (
+        RunLease(judge.registry.store, lease),
+        pytest.raises(TrainingError, match=r"baseline · seed 1: .*in use by process"),
+    ):
+        ablate.run(recipe)

@@ -28,8 +28,8 @@ from tests.tiny_training import (
     training_recipe,
 )
 
-STEPS = 120
-EVERY = 20
+STEPS = 80
+EVERY = 10
 TOLERANCE = 1e-5
 PHASE: dict[str, Any] = {
     "steps": STEPS,

@@ -23,12 +23,12 @@ from colbert_core.errors import TrainingError
 from tests.local_ray import local_ray
 from tests.tiny_training import furthest, publish_inputs, published_weights, training_recipe
 
-STEPS = 160
+STEPS = 80
 # Four units a step: with two workers they are summed in another order than with one.
 PHASE: dict[str, Any] = {
     "steps": STEPS,
     "queries_per_step": 16,
-    "checkpoint": {"every_steps": 40, "keep_last": 4},
+    "checkpoint": {"every_steps": 20, "keep_last": 4},
 }
 
 DRIVER = """
@@ -112,11 +112,11 @@ def test_two_workers_continue_what_one_began(undisturbed: Finished, tmp_path: Pa
     recipe, registry = fresh(undisturbed, tmp_path, num_workers=2, zero_stage=2)
     name = run_name(recipe, "p")
     assert name == run_name(undisturbed.recipe, "p")
-    state = Path(undisturbed.recipe.storage.root) / "runs" / name / "step-00000080"
-    shutil.copytree(state, Path(recipe.storage.root) / "runs" / name / "step-00000080")
+    state = Path(undisturbed.recipe.storage.root) / "runs" / name / "step-00000040"
+    shutil.copytree(state, Path(recipe.storage.root) / "runs" / name / "step-00000040")
     result = train_phase(recipe, "p", registry)
     assert [(record.step, record.workers) for record in result.records] == [
-        (step, 2) for step in range(81, STEPS + 1)
+        (step, 2) for step in range(41, STEPS + 1)
     ]
     found = published_weights(registry, result.ref)
     wanted = published_weights(undisturbed.registry, undisturbed.result.ref)
@@ -130,6 +130,6 @@ def test_another_configuration_does_not_resume_a_run(undisturbed: Finished, tmp_
     old = Path(undisturbed.recipe.storage.root) / "runs" / run_name(undisturbed.recipe, "p")
     new = Path(recipe.storage.root) / "runs" / run_name(recipe, "p")
     assert old.name != new.name
-    shutil.copytree(old / "step-00000080", new / "step-00000080")
+    shutil.copytree(old / "step-00000040", new / "step-00000040")
     with pytest.raises(TrainingError, match="saved by another configuration"):
         train_phase(recipe, "p", registry)
