@@ -121,17 +121,15 @@ class IndexWorker:
         codec = Codec.train(sample, self._config.codec, total_tokens=total, threads=threads)
         with TemporaryDirectory(prefix="raycolbert-codec-") as folder:
             codec.save(Path(folder))
-            files = sorted(
-                path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()
-            )
-            for name in files:
-                self._staged.upload(f"codec/{name}", Path(folder) / name, keep_existing=True)
+            local = {f"codec/{path.name}": path for path in sorted(Path(folder).iterdir())}
+            for name, path in local.items():
+                self._staged.upload(name, path, keep_existing=True)
         # Another builder's may have been first, and then everybody goes on with that.
-        codec = self._staged_codec(files)
+        codec = self._staged_codec(list(local))
         self._area.write_json(
             self._area.codec_key,
             {
-                "files": [f"codec/{name}" for name in files],
+                "files": list(local),
                 "sha256": codec.sha256,
                 "dim": codec.dim,
                 "centroids": len(codec.centroids),
