@@ -42,6 +42,8 @@ def ray_session(recipe: Recipe) -> Iterator[None]:
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     if not address:
         environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away
+        # Workers started in advance lack this environment: none would be used, and each would take memory.
+        environment["RAY_prestart_worker_first_driver"] = "0"
     os.environ.update(environment)
     try:
         if address:

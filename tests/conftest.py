@@ -18,6 +18,8 @@ os.environ.update(
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     # The end of a run, and the death of a worker, are noticed in a fraction of a second instead of 2.
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    # A process that nothing uses costs each test that starts Ray most of a second of a core.
+    RAY_prestart_worker_first_driver="0",
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
