@@ -12,6 +12,8 @@ dropout on; 'bf16' is autocast over fp32 weights. Tokenising and collating are d
 pads as its own collator does. This project and one peer take turns, step by step, and a ratio is the median
 of the ratios of the same step; all three at once would not fit 24 GB (a process takes up to 11 in fp32).
 
+A reading of one precision alone has its results in a file of its own.
+
 The loops compare a phase on Ray Train with bare steps twice: with all threads, where Ray's own processes,
 some ten that each wake a hundred times a second, take from the worker's cores, and with a thread less.
 """
@@ -116,7 +118,7 @@ def main() -> int:
         if plan.loop_steps and not options.skip_ray:
             bench.loops()
         return finish(
-            "train_loops" if options.skip_steps else "train_step",
+            "train_loops" if options.skip_steps else "-".join(["train_step", *(options.precision or ())]),
             settings={
                 "data": bench.texts.name,
                 "model": "multilingual-e5-small, random projection of 128 dimensions",
