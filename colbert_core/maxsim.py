@@ -101,10 +101,12 @@ def maxsim_pairs(queries: RaggedVectors, documents: RaggedVectors, pairs: Tensor
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     device = documents.vectors.device
-    chosen = pairs[order].to(device)
+    # Of many queries, a block of documents may concern a few.
+    named, query_of = torch.unique(pairs[order, 0], return_inverse=True)
+    padded, keep = queries.padded(named.to(device))
     rows, mask = documents.rows()
-    padded, keep = queries.padded()
-    scores = _pair_scores(padded, keep, documents.vectors, rows, mask, chosen[:, 0], chosen[:, 1])
+    document_of = pairs[order, 1].to(device)
+    scores = _pair_scores(padded, keep, documents.vectors, rows, mask, query_of.to(device), document_of)
     return scores[place.to(device)]
 
 

@@ -78,9 +78,15 @@ class RaggedVectors:
         rows = torch.where(mask, self._offsets[:-1, None] + position, 0)
         return rows.to(self.vectors.device), mask.to(self.vectors.device)
 
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """``[n, longest, dim]`` with zeros as padding, and the bool mask ``[n, longest]`` of real vectors."""
+    def padded(self, some: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``[n, longest, dim]`` with zeros as padding, and the bool mask ``[n, longest]`` of real vectors.
+
+        Args:
+            some: numbers of the texts to return; all by default.
+        """
         rows, mask = self.rows()
+        if some is not None:
+            rows, mask = rows[some], mask[some]
         if not mask.any():
             return self.vectors.new_zeros(*mask.shape, self.dim), mask
         return self.vectors[rows].masked_fill(~mask[..., None], 0.0), mask
