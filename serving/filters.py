@@ -40,14 +40,21 @@ def parse_filter(tree: dict[str, Any]) -> Filter:
         SearchError: the filter is not well-formed; the message names the key. Whether the columns exist
             and compare with the values is found out by the search.
     """
-    if "$ids" in tree:
-        ids = tree["$ids"]
-        if len(tree) > 1:
-            raise SearchError("filter: $ids stands alone, without other conditions")
-        if not isinstance(ids, list) or not all(isinstance(key, str) for key in ids):
-            raise SearchError("filter.$ids: expected a list of document ids")
-        return ids
-    return _all_of(tree, "filter", 1)
+    try:
+        return _ids(tree) if "$ids" in tree else _all_of(tree, "filter", 1)
+    except UnicodeEncodeError as error:
+        raise SearchError(f"filter: {error.object!r} is no text: it has half a surrogate pair") from None
+
+
+def _ids(tree: dict[str, Any]) -> list[str]:
+    ids = tree["$ids"]
+    if len(tree) > 1:
+        raise SearchError("filter: $ids stands alone, without other conditions")
+    if not isinstance(ids, list) or not all(isinstance(key, str) for key in ids):
+        raise SearchError("filter.$ids: expected a list of document ids")
+    for key in ids:
+        key.encode()
+    return ids
 
 
 def _all_of(tree: Any, place: str, depth: int) -> pc.Expression:

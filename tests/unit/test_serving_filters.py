@@ -96,6 +96,9 @@ def test_an_empty_selection_finds_nothing_rather_than_everything(
         ({"$ids": "a"}, r"filter\.\$ids: expected a list"),
         ({"$ids": [1]}, r"filter\.\$ids: expected a list"),
         ({"$or": [{"$ids": ["a"]}, {"topic": "music"}]}, r"\$ids"),
+        *(({"topic": value}, "surrogate") for value in ("\ud800", {"$in": ["\ud800"]}, {"$ne": "a\udfff"})),
+        ({"a\ud800": "x"}, "surrogate"),
+        ({"$ids": ["\ud800"]}, "surrogate"),
     ],
 )
 def test_a_filter_that_is_not_well_formed_is_refused_by_its_key(tree: dict[str, Any], part: str) -> None:
