@@ -259,8 +259,7 @@ class Registry:
         sizes = {path: local.stat().st_size for path, local in files.items()}
         parts = transfer(f"publish {ref}", sizes, lambda path: staged.upload(path, files[path]))
         # A file that an earlier publish had left may have been collected since it was found.
-        there = transfer(f"check {ref}", sizes, lambda path: staged.is_there(parts[path]))
-        if gone := [path for path, found in there.items() if not found]:
+        if gone := staged.absent(list(parts.values())):
             raise StorageError(f"{ref} is not published: removed meanwhile: {', '.join(gone)}; try again")
         entries = {path: part.entry for path, part in parts.items()}
         return staged.finish(

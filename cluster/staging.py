@@ -79,7 +79,7 @@ class StagedArtifact:
             raise StorageError(f"{self.ref}: cannot read {local}: {error.strerror}") from None
         recorded = self._part(path)
         stands = recorded is not None and (keep_existing or recorded.entry.sha256 == entry.sha256)
-        if recorded is not None and stands and self.is_there(recorded):
+        if recorded is not None and stands and self._is_there(recorded):
             self._refresh(recorded)
             return recorded
         key = self._claim(path, entry.sha256)
@@ -108,6 +108,12 @@ class StagedArtifact:
             parts = list(pool.map(self._read_part, keys))
         return {part.path: part for part in parts if part is not None}
 
+    def absent(self, parts: Sequence[Part]) -> list[str]:
+        """Paths of those of the recorded files that are not in storage at their full size."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            there = list(pool.map(self._is_there, parts))
+        return [part.path for part, found in zip(parts, there, strict=True) if not found]
+
     def commit(
         self,
         *,
@@ -132,10 +138,7 @@ class StagedArtifact:
         parts = self.parts()
         wanted = sorted(parts) if expected is None else sorted(set(expected))
         missing = [path for path in wanted if path not in parts]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            recorded = [path for path in wanted if path in parts]
-            there = pool.map(lambda path: self.is_there(parts[path]), recorded)
-            missing += [path for path, found in zip(recorded, there, strict=True) if not found]
+        missing += self.absent([parts[path] for path in wanted if path in parts])
         if missing or not wanted:
             if self.store.exists(manifest_key(self.ref)):
                 raise VersionExists(f"{self.ref} is already in {self.store.uri}")
@@ -207,8 +210,7 @@ class StagedArtifact:
             raise VersionExists(f"{self.ref} was published by another meanwhile, in {self.store.uri}")
         return natural
 
-    def is_there(self, part: Part) -> bool:
-        """Is a recorded file in storage, at its full size?"""
+    def _is_there(self, part: Part) -> bool:
         try:
             key = self.ref.prefix + (part.entry.key or f"files/{part.path}")
             return self.store.head(key).size == part.entry.size
