@@ -96,6 +96,15 @@ class ArtifactCache:
                 if (lock := _HELD.pop(directory, None)) is not None:
                     lock.close()
 
+    @contextmanager
+    def released_on_error(self, directory: Path) -> Iterator[None]:
+        """Releases an artifact that was pulled for what the block makes, should it fail."""
+        try:
+            yield
+        except BaseException:
+            self.release(directory)
+            raise
+
     def evict(self, room: int = 0) -> list[Path]:
         """Removes the artifacts used longest ago until ``room`` bytes more would fit.
 

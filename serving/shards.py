@@ -71,8 +71,9 @@ def open_group(registry: Registry, ref: ArtifactRef, group: int, groups: int, th
     files = [path for path in registry.manifest(ref).files if path.startswith(wanted)]
     # The registry checks every byte against its SHA-256; opening need not do that again.
     directory = registry.pull(ref, paths=files)
-    searcher = open_index(directory, shards=mine, threads=threads)
-    _warm(searcher)
+    with registry.cache.released_on_error(directory):
+        searcher = open_index(directory, shards=mine, threads=threads)
+        _warm(searcher)
     shards = GroupShards(searcher)
     # When no search holds it any longer, its files may make room for newer versions'.
     weakref.finalize(shards, registry.cache.release, directory)

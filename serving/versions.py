@@ -72,10 +72,12 @@ def load_served(registry: Registry, ref: ArtifactRef) -> ServedVersion:
     models = [parent.ref for parent in manifest.parents if parent.ref.kind == "models"]
     if len(models) != 1:
         raise IndexFormatError(f"{ref}: its manifest names {len(models)} models; an index has exactly one")
+    shards = len(shard_paths(registry, ref))
     directory = registry.pull(models[0])
-    model = load_model(directory)
-    _warm(model)
-    served = ServedVersion(ref, model, len(shard_paths(registry, ref)))
+    with registry.cache.released_on_error(directory):
+        model = load_model(directory)
+        _warm(model)
+    served = ServedVersion(ref, model, shards)
     weakref.finalize(served, registry.cache.release, directory)
     return served
 
