@@ -19,7 +19,8 @@ from cluster.scorers import Ensemble, Scorer, build_scorer, model_scorer
 from cluster.scorers.encoders import ColBERTEncoder
 from cluster.sources import LabelledSource, load_source
 from colbert_core.config import SearchConfig
-from colbert_core.errors import ConfigError
+from colbert_core.errors import ConfigError, DataError
+from colbert_core.metric_names import parse_metric
 from colbert_core.metrics import per_query, read_trec_run, write_trec_run
 
 Run = Mapping[str, Mapping[str, float]]
@@ -162,12 +163,24 @@ class Evaluator:
                 path.write_bytes(store.get(f"{key}/run.trec"))
                 found = read_trec_run(path)
             else:
+                self._check_ids()
                 found = run()
                 write_trec_run(path, found)
                 store.upload(f"{key}/run.trec", path)
         values = per_query(found, self.source.qrels, metrics)
         store.put(values_key, json.dumps(values).encode())
         return values, known
+
+    def _check_ids(self) -> None:
+        """Refuses before a search what its run file could not carry."""
+        source = self.source
+        for kind, names in (("query", source.labelled_queries), ("document", source.corpus)):
+            for name in names:
+                if name.split() != [name]:
+                    raise DataError(
+                        f"source {self.source_name!r}: {kind} id {name!r}: an evaluated source's ids are not "
+                        "empty and hold no white space, which TREC run files cannot carry"
+                    )
 
     def _identity(self, system: System) -> Any:
         """Plain data that determines what a system finds."""
@@ -209,7 +222,7 @@ def evaluate_model(
         ArtifactNotFound: the model is not published.
         ConfigError: there is no such metric.
     """
-    depth = recipe.evaluate.depth if recipe.evaluate else DEPTH
+    depth = max(recipe.evaluate.depth if recipe.evaluate else DEPTH, parse_metric(metric)[1])
     values, _ = Evaluator(recipe, registry, source_name, depth).model_values(ref, [metric])
     return mean(values[metric])
 

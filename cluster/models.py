@@ -126,6 +126,19 @@ def resolve_model(recipe: Recipe, registry: Registry, spec: str) -> ArtifactRef:
     return registry.resolve("models", spec) if "@" in spec else model_ref(recipe, spec)
 
 
+def start_of(recipe: Recipe, spec: str) -> str:
+    """What the training of a model began with: 'base', or a published NAME@VERSION.
+
+    Of an averaged model it is what the first of its phases began with.
+    """
+    phases = {phase.name: phase for phase in recipe.train}
+    if spec == "averaged" and recipe.average is not None:
+        spec = next((item.phase for item in recipe.average.inputs if item.phase is not None), "base")
+    while spec in phases:
+        spec = phases[spec].init
+    return spec
+
+
 def load_model_ref(registry: Registry, ref: ArtifactRef) -> ColBERT:
     """A published model, every byte checked against its manifest, on the CPU in fp32 and eval mode.
 

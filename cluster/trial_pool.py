@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +43,14 @@ class Work:
         name: what to call it.
         steps: those that are left.
         run: the training run whose progress is shown while more than the last step is left, or None.
+        trains: the training runs that it makes, all before its last step. One process at a time may make a
+            run, so what has one in common with running work waits for it.
     """
 
     name: str
     steps: list[Step]
     run: str | None = None
+    trains: frozenset[str] = frozenset()
     begun: float = field(default=0.0, init=False)
 
     def start(self) -> ray.ObjectRef[Any]:
@@ -81,8 +84,7 @@ def run_all(
     with _Display(len(work), store, console or Console(stderr=True)) as display:
         try:
             while waiting or running:
-                while waiting and len(running) < at_once:
-                    item = waiting.popleft()
+                while len(running) < at_once and (item := next_of(waiting, running.values())) is not None:
                     display.begin(item)
                     running[item.start()] = item
                 ready, _ = ray.wait(list(running), timeout=POLL_S)
@@ -100,6 +102,16 @@ def run_all(
             for reference in running:
                 ray.cancel(reference)
     return failed
+
+
+def next_of(waiting: deque[Work], running: Collection[Work]) -> Work | None:
+    """Takes the first work that makes no training run which running work makes, if there is any."""
+    busy = frozenset[str]().union(*(item.trains for item in running if item.steps))
+    for item in waiting:
+        if item.trains.isdisjoint(busy):
+            waiting.remove(item)
+            return item
+    return None
 
 
 def _failure(reference: ray.ObjectRef[Any]) -> str | None:

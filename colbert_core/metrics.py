@@ -14,15 +14,11 @@ from pathlib import Path
 import ir_measures
 import numpy as np
 
-from colbert_core.errors import ConfigError, DataError, NonFiniteError
+from colbert_core.errors import DataError, NonFiniteError
+from colbert_core.metric_names import parse_metric
 
 Run = Mapping[str, Mapping[str, float]]
 Qrels = Mapping[str, Mapping[str, int]]
-
-# The families offered: each is checked in the tests against values worked out by hand.
-_FAMILIES = ("nDCG", "R", "P", "AP", "RR", "Success")
-_ALIASES = {"MAP": "AP", "MRR": "RR"}
-_MEASURE = re.compile(r"([A-Za-z]+)@([1-9][0-9]*)")
 
 
 def evaluate_run(run: Run, qrels: Qrels, metrics: Sequence[str]) -> dict[str, float]:
@@ -50,7 +46,7 @@ def per_query(run: Run, qrels: Qrels, metrics: Sequence[str]) -> dict[str, dict[
         DataError: no query has judgements.
         NonFiniteError: a score is a NaN or an infinity.
     """
-    measures = {name: _parse(name) for name in metrics}
+    measures = {name: ir_measures.parse_measure("{}@{}".format(*parse_metric(name))) for name in metrics}
     if not qrels:
         raise DataError("qrels hold no query: there is nothing to average over")
     # Ranks instead of scores: the libraries behind ir-measures break ties each in its own way.
@@ -169,15 +165,6 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
         if qrels.setdefault(query, {}).setdefault(document, int(relevance)) != int(relevance):
             raise DataError(f"{path}:{number}: query {query!r} and document {document!r} are judged twice")
     return qrels
-
-
-def _parse(name: str) -> ir_measures.measures.Measure:
-    match = _MEASURE.fullmatch(name.strip())
-    family = _ALIASES.get(match[1], match[1]) if match else None
-    if match is None or family not in _FAMILIES:
-        known = ", ".join(f"{family}@k" for family in (*_FAMILIES, *_ALIASES))
-        raise ConfigError(f"unknown metric {name!r}; there are {known}")
-    return ir_measures.parse_measure(f"{family}@{match[2]}")
 
 
 def _ranking(query: str, scores: Mapping[str, float]) -> list[str]:

@@ -22,7 +22,6 @@ from cluster.report import Report
 from cluster.trainer import run_name
 from cluster.trial_pool import Step, Work, run_all
 from colbert_core.errors import ConfigError, TrainingError
-from colbert_core.metrics import evaluate_run
 from jobs import average, mine_negatives, score_teacher, train
 from jobs.launch import main
 
@@ -58,7 +57,6 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
     config, study = recipe.evaluate, recipe.ablate
     if config is None or study is None:
         raise ConfigError("an ablation needs the sections 'evaluate' and 'ablate'")
-    evaluate_run({}, {"query": {"document": 1}}, config.metrics)  # refuses an unknown metric before any work
     outcome = Report(job="ablate", recipe=recipe.name)
     judges = {source: _judge(recipe, source, registry) for source in config.sources}
     work = _reference_work(recipe, judges) + _trial_work(trials, judges, config, outcome)
@@ -119,7 +117,8 @@ def _trial_work(
         if not trained:
             # Ray Train's workers claim what the training needs; the task only waits for them.
             steps.insert(0, Step(_train_trial, (trial,), {"num_cpus": 0.0}))
-        found.append(Work(str(trial), steps, run_name(trial.recipe, last.name)))
+        runs = frozenset() if trained else frozenset(run_name(trial.recipe, p.name) for p in trial.phases)
+        found.append(Work(str(trial), steps, run_name(trial.recipe, last.name), runs))
     return found
 
 

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from cluster.artifacts import ArtifactRef, averaged_ref, input_refs
 from cluster.averaging import mean_pieces
 from cluster.config import AverageConfig, AverageInput, GreedySoup, Recipe
+from cluster.data_files import DataFiles, check_same_files, source_files
 from cluster.evaluation import evaluate_model
 from cluster.models import pinned
 from cluster.published_model import published_models
@@ -25,6 +26,7 @@ from cluster.sources import LabelledSource, load_source
 from colbert_core.averaging import Soup, average_models, greedy_soup
 from colbert_core.errors import ArtifactNotFound, ConfigError
 from colbert_core.formats import load_model
+from colbert_core.metric_names import parse_metric
 from colbert_core.metrics import evaluate_run
 from colbert_core.model_files import ModelFiles, local_model
 from jobs.launch import main
@@ -51,11 +53,15 @@ def run(recipe: Recipe) -> Report:
     registry = Registry.open(recipe.storage)
     recipe = pinned(recipe, registry)
     ref = averaged_ref(recipe)
-    if registry.exists(ref):
-        report.skipped.append(str(ref))
-        return report
     config = recipe.average
     assert config is not None  # averaged_ref has checked
+    judged = [item.source for item in config.inputs] + [config.greedy.source if config.greedy else None]
+    files = source_files(recipe, *dict.fromkeys(source for source in judged if source))
+    if registry.exists(ref):
+        check_same_files(recipe, registry, ref, files)
+        report.skipped.append(str(ref))
+        return report
+    data = DataFiles(recipe, files)
     inputs = _resolved(recipe, registry, config, report)
     models: dict[ArtifactRef, ModelFiles]
     with tempfile.TemporaryDirectory(prefix="raycolbert-average-") as folder, ExitStack() as session:
@@ -87,7 +93,7 @@ def run(recipe: Recipe) -> Report:
                 parents=parents,
                 recipe=recipe.model_dump(mode="json"),
                 metrics=report.metrics,
-                extra=dict(report.details),
+                extra={**report.details, **data.record()},
             )
     report.metrics["models_averaged"] = len(inputs)
     report.details["parents"] = {str(parent.ref): parent.weight for parent in parents}
@@ -139,18 +145,12 @@ def _best(
 ) -> list[ArtifactRef]:
     """The steps with the highest metric, best first; of equals the later."""
     assert item.source is not None and item.metric is not None  # the recipe was checked
-    _check_metric(item.metric)
     with report.timed("evaluate"):
         scores = {
             ref: evaluate_model(recipe, registry, ref, item.source, item.metric) for ref in reversed(refs)
         }
     report.details[f"{item.phase}: {item.metric} on {item.source}"] = {str(ref): scores[ref] for ref in refs}
     return sorted(scores, key=lambda ref: -scores[ref])[: item.best]
-
-
-def _check_metric(metric: str) -> None:
-    """Refuses an unknown metric before any work."""
-    evaluate_run({}, {"query": {"document": 1}}, [metric])
 
 
 def _mean_of(inputs: Sequence[Weighted], models: Mapping[ArtifactRef, ModelFiles], output: Path) -> None:
@@ -168,7 +168,6 @@ def _greedy(
 ) -> Soup[Weighted]:
     """Chooses the inputs by exact MaxSim over the dev source; each trial's mean is deleted after it."""
     source = load_source(recipe, settings.source)
-    _check_metric(settings.metric)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("greedy soup: models scored", total=2 * len(inputs) - 1)
@@ -188,14 +187,9 @@ def _greedy(
 
 def _dev_score(source: LabelledSource, directory: Path, metric: str) -> float:
     """The metric of an exact search with the model in ``directory``."""
-    depth = metric.partition("@")[2]
-    if not depth.isdigit():
-        raise ConfigError(
-            f"average.greedy.metric {metric!r}: a metric at a rank is expected, such as nDCG@10"
-        )
     query_ids = list(source.labelled_queries)
     scorer = VectorScorer("greedy soup", source, lambda: ColBERTEncoder(load_model(directory)))
-    ranking = scorer.search(query_ids, int(depth))
+    ranking = scorer.search(query_ids, parse_metric(metric)[1])
     found = {query: dict(hits) for query, hits in zip(query_ids, ranking, strict=True)}
     return evaluate_run(found, source.qrels, [metric])[metric]
 

@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from cluster.artifacts import index_ref
+from cluster.artifacts import index_ref, model_ref
 from cluster.config import Recipe
 from cluster.evaluation import evaluate_model
-from cluster.models import pinned, resolve_model
+from cluster.models import pinned, resolve_model, start_of
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.report import Report, memory_of_session_mb
@@ -30,6 +30,7 @@ from jobs import average, evaluate, index, mine_negatives, score_teacher, train
 from jobs.html_report import write_report
 from jobs.launch import main
 from jobs.serve import serving_session
+from serving.args import api_keys
 
 PRODUCTION = "production"
 MEMORY_SAMPLE_SECONDS = 2.0
@@ -54,6 +55,7 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
     whole = Report(job="pipeline", recipe=recipe.name)
     # Before the first stage, for the last one may move an alias that the recipe names.
     recipe = pinned(recipe, Registry.open(recipe.storage))
+    _check_models(recipe)
     with _peak_memory(whole), ray_session(recipe):
         for name, job in _stages(recipe):
             console.rule(f"[bold]{name}")
@@ -66,13 +68,33 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
             recipe = _promote(recipe, whole)
         if recipe.serve is not None and recipe.serve.questions:
             console.rule("[bold]serve")
-            with whole.timed("serve"):
-                whole.details["answers"] = _ask(recipe)
+            try:
+                with whole.timed("serve"):
+                    whole.details["answers"] = _ask(recipe)
+            except BaseException:
+                _write(whole, report)  # what hours have made is told even if the last minute fails
+                raise
             _print_answers(whole.details["answers"])
+    _write(whole, report)
+    return whole
+
+
+def _check_models(recipe: Recipe) -> None:
+    """Refuses before any stage what the last ones would look for in vain.
+
+    Raises:
+        ConfigError: a model is 'averaged', but nothing is averaged.
+    """
+    systems = recipe.evaluate.systems.values() if recipe.evaluate else ()
+    for spec in [recipe.index.model if recipe.index else None, *(system.model for system in systems)]:
+        if spec is not None and "@" not in spec:
+            model_ref(recipe, spec)
+
+
+def _write(whole: Report, report: Path | None) -> None:
     if report is not None:
         for path in write_report(whole, report):
             console.print(f"written: {path}")
-    return whole
 
 
 def _stages(recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -111,7 +133,8 @@ def _promote(recipe: Recipe, whole: Report) -> Recipe:
     candidate = resolve_model(recipe, registry, recipe.index.model)
     gate = recipe.evaluate.gate if recipe.evaluate else None
     if gate is not None:
-        start = resolve_model(recipe, registry, "base")
+        began = start_of(recipe, recipe.index.model)
+        start = resolve_model(recipe, registry, began)
         with whole.timed("gate"):
             before = evaluate_model(recipe, registry, start, gate.source, gate.metric)
             after = evaluate_model(recipe, registry, candidate, gate.source, gate.metric)
@@ -123,7 +146,7 @@ def _promote(recipe: Recipe, whole: Report) -> Recipe:
                 f"its start has {before:.4f}; the start is served instead"
             )
             candidate = start
-            recipe = recipe.model_copy(update={"index": recipe.index.model_copy(update={"model": "base"})})
+            recipe = recipe.model_copy(update={"index": recipe.index.model_copy(update={"model": began})})
             with whole.timed("index of the start"):
                 _merge(whole, "index of the start", index.run(recipe))
     for ref in (candidate, index_ref(recipe)):
@@ -136,10 +159,18 @@ def _promote(recipe: Recipe, whole: Report) -> Recipe:
 def _ask(recipe: Recipe) -> list[dict[str, Any]]:
     """Serves the promoted index and asks the recipe's questions over HTTP."""
     assert recipe.serve is not None
-    answers = []
-    with serving_session(recipe) as url, httpx.Client(timeout=REQUEST_TIMEOUT_SECONDS) as client:
+    answers, k = [], min(ANSWERS, recipe.serve.max_k)
+    keys = api_keys(recipe.serve)
+    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+    with (
+        serving_session(recipe) as url,
+        httpx.Client(headers=headers, timeout=REQUEST_TIMEOUT_SECONDS) as client,
+    ):
         for question in recipe.serve.questions:
-            response = client.post(f"{url}/v1/search", json={"query": question, "k": ANSWERS})
+            try:
+                response = client.post(f"{url}/v1/search", json={"query": question, "k": k})
+            except httpx.HTTPError as error:
+                raise RaycolbertError(f"{url}/v1/search: no answer to {question!r}: {error!r}") from None
             if response.status_code != httpx.codes.OK:
                 raise RaycolbertError(f"{url}/v1/search answered {response.status_code}: {response.text}")
             body = response.json()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.artifacts import phase_ref, training_phase
-from cluster.config import Recipe
+from cluster.config import Recipe, TrainPhase
 from cluster.models import ensure_base, pinned
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
@@ -38,12 +38,25 @@ def run(recipe: Recipe, phase: str | None = None) -> Report:
         ref = phase_ref(recipe, config.name)
         if registry.exists(ref):
             report.skipped.append(str(ref))
+            report.warnings += _missing_steps(recipe, config, registry)
             continue
         with report.timed(config.name), ray_session(recipe):
             if config.init == "base":
                 ensure_base(recipe, registry)
             _add(report, config.name, train_phase(recipe, config.name, registry))
     return report
+
+
+def _missing_steps(recipe: Recipe, phase: TrainPhase, registry: Registry) -> list[str]:
+    """Says which steps of a finished phase the recipe counts on and nobody will publish."""
+    missing = [s for s in phase.published_steps if not registry.exists(phase_ref(recipe, phase.name, s))]
+    if not missing:
+        return []
+    steps = ", ".join(map(str, missing))
+    return [
+        f"{phase.name}: its model is there, and so it is not trained again, but steps {steps} are not: "
+        "publish_every_steps was another when it was trained, or they have been collected since"
+    ]
 
 
 def _add(report: Report, phase: str, result: PhaseResult) -> None:

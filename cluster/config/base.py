@@ -6,10 +6,22 @@ import hashlib
 import json
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from colbert_core.config import FrozenModel
+from colbert_core.errors import ConfigError
+from colbert_core.metric_names import parse_metric
 
+
+def _known_metric(name: str) -> str:
+    try:
+        parse_metric(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+Metric = Annotated[str, AfterValidator(_known_metric)]
 # Names end up as storage keys and file names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 

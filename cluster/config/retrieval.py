@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, field_validator, model_validator
 
-from cluster.config.base import Name
+from cluster.config.base import Metric, Name
 from colbert_core.config import CodecConfig, FrozenModel, SearchConfig
+from colbert_core.metric_names import parse_metric
 
 
 class IndexConfig(FrozenModel):
@@ -27,7 +30,7 @@ class System(FrozenModel):
     """A retriever to compare: a scorer, an ensemble of scorers, or a ColBERT model."""
 
     scorer: Name | None = None
-    ensemble: dict[Name, float] | None = None
+    ensemble: dict[Name, Annotated[float, Field(gt=0)]] | None = None
     model: str | None = Field(None, description="as index.model; searched exactly, by MaxSim")
     index: bool = Field(False, description="with model: search the built index instead of exact MaxSim")
 
@@ -35,6 +38,8 @@ class System(FrozenModel):
     def _one_kind(self) -> System:
         if sum(value is not None for value in (self.scorer, self.ensemble, self.model)) != 1:
             raise ValueError("a system has exactly one of 'scorer', 'ensemble' and 'model'")
+        if self.index and self.model is None:
+            raise ValueError("'index' goes with 'model': scorers have no index")
         return self
 
 
@@ -42,20 +47,27 @@ class Gate(FrozenModel):
     """Promotion to the 'production' alias: the candidate must not be worse than its start."""
 
     source: Name
-    metric: str = "nDCG@10"
+    metric: Metric = "nDCG@10"
     tolerance: float = Field(0.0, ge=0, description="how much worse is still accepted")
 
 
 class EvaluateConfig(FrozenModel):
     sources: tuple[Name, ...] = Field(min_length=1)
     systems: dict[Name, System] = Field(min_length=1)
-    metrics: tuple[str, ...] = ("nDCG@10", "R@1", "R@3", "R@10")
+    metrics: tuple[Metric, ...] = ("nDCG@10", "R@1", "R@3", "R@10")
     baseline: Name | None = Field(None, description="system that the paired intervals compare with")
     depth: int = Field(100, ge=1, description="documents kept per query in the run files")
     gate: Gate | None = None
     max_queries: int | None = Field(
         None, ge=1, description="a seeded sample of each source's labelled questions; default: all"
     )
+
+    @model_validator(mode="after")
+    def _deep_enough(self) -> EvaluateConfig:
+        for name in (*self.metrics, *([self.gate.metric] if self.gate else ())):
+            if parse_metric(name)[1] > self.depth:
+                raise ValueError(f"depth: {self.depth} documents are kept per query, too few for {name}")
+        return self
 
 
 class ServeConfig(FrozenModel):

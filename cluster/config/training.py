@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cluster.config.base import Name
+from cluster.config.base import Metric, Name
 from colbert_core.config import ColBERTConfig, FrozenModel, LossConfig
 
 
@@ -136,7 +136,7 @@ class AverageInput(FrozenModel):
         "'metric' on 'source' (evaluated unless that is stored; the later of equals)",
     )
     source: Name | None = Field(None, description="with 'best': the data source to evaluate on")
-    metric: str | None = Field(None, description="with 'best': a metric at a rank, such as nDCG@10")
+    metric: Metric | None = Field(None, description="with 'best': a metric at a rank, such as nDCG@10")
     model: str | None = Field(None, description="NAME@VERSION-or-alias")
     weight: float = Field(1.0, gt=0, description="of each model that this stands for")
 
@@ -154,8 +154,6 @@ class AverageInput(FrozenModel):
             raise ValueError("'best' needs 'source' and 'metric': what the steps are compared by")
         if self.best is None and (self.source is not None or self.metric is not None):
             raise ValueError("'source' and 'metric' say what is 'best', which is not given")
-        if self.metric is not None and not self.metric.partition("@")[2].isdigit():
-            raise ValueError(f"metric {self.metric!r}: a metric at a rank is expected, such as nDCG@10")
         return self
 
 
@@ -163,7 +161,7 @@ class GreedySoup(FrozenModel):
     """Add a checkpoint only if the metric on a dev source rises."""
 
     source: Name
-    metric: str = "nDCG@10"
+    metric: Metric = "nDCG@10"
 
 
 class AverageConfig(FrozenModel):

@@ -8,6 +8,7 @@ build and Serve.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -32,6 +33,8 @@ from tests.tiny_models import tiny_japanese_dir
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = "recipes/quickstart.yaml"
 START_TIMEOUT_SECONDS = 240
+# README's service is open to all; here it is not, and the pipeline has to know how to ask it.
+KEY = "key-of-the-readme-tests"
 
 
 def commands() -> list[str]:
@@ -96,7 +99,9 @@ class World:
             "train.1.freeze": "[embeddings.word_embeddings]",
             "average.inputs.0.step": 1,
             "serve.port": 8123,
+            "serve.api_keys_env": "RAYCOLBERT_README_KEY",
         }
+        os.environ["RAYCOLBERT_README_KEY"] = KEY
         self.overrides = [f"{key}={value}" for key, value in settings.items()]
         self.recipe = load_recipe(REPOSITORY / RECIPE, self.overrides)
 
@@ -221,7 +226,7 @@ def test_the_service_answers_readmes_request(world: World, pipeline: dict) -> No
     )
     try:
         _wait_until_it_serves(process)
-        request = shlex.split(curl.replace(":8000", ":8123"))
+        request = [*shlex.split(curl.replace(":8000", ":8123")), "-H", f"Authorization: Bearer {KEY}"]
         answer = json.loads(subprocess.run(request, check=True, capture_output=True, text=True).stdout)
         assert answer["shards"]["ok"] == answer["shards"]["total"] == 2
         assert len(answer["results"][0]) == 3

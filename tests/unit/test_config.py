@@ -191,7 +191,7 @@ BEST = {"phase": "pre", "best": 2, "source": "train", "metric": "R@1"}
         ({"phase": "pre", "best": 2, "source": "train"}, "'best' needs 'source' and 'metric'"),
         ({"phase": "pre", "best": 2, "metric": "R@1"}, "'best' needs 'source' and 'metric'"),
         ({"phase": "pre", "last": 2, "metric": "R@1"}, "say what is 'best', which is not given"),
-        (BEST | {"metric": "nDCG"}, "a metric at a rank is expected"),
+        (BEST | {"metric": "nDCG"}, "unknown metric 'nDCG'; there are nDCG@k"),
         (BEST | {"source": "nope"}, "average.inputs.0.source: no data source 'nope'"),
         ({"phase": "pre", "last": 0}, "greater than or equal to 1"),
         ({"phase": "post", "last": 2}, "inputs.0.last: 2, but phase 'post' publishes its last step only"),
@@ -284,6 +284,34 @@ def test_a_name_that_stands_for_nothing_is_named_with_those_there_are(
     key: str, value: Any, message: str
 ) -> None:
     assert message in refused(key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("evaluate.metrics", ["nDCG@10", "recall@10"], "evaluate.metrics.1: unknown metric 'recall@10'"),
+        ("evaluate.gate", {"source": "test", "metric": "R"}, "evaluate.gate.metric: unknown metric 'R'"),
+        ("average.greedy", {"source": "test", "metric": "x@1"}, "average.greedy.metric: unknown metric"),
+        (
+            "evaluate.metrics",
+            ["R@1000"],
+            "depth: 100 documents are kept per query, too few for R@1000",
+        ),
+        ("evaluate.gate", {"source": "test", "metric": "R@101"}, "too few for R@101"),
+        ("evaluate.systems.start", {"scorer": "bm25", "index": True}, "'index' goes with 'model'"),
+        ("evaluate.systems.start", {"ensemble": {"bm25": 0}}, "greater than 0"),
+    ],
+)
+def test_what_would_fail_after_hours_is_refused_at_once(key: str, value: Any, message: str) -> None:
+    assert message in refused(key, value)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"r\.yaml: .*the key 'steps' stands twice"):
+        load_recipe(written(tmp_path, "name: r\nx: {steps: 1, lr: 2, steps: 3}"))
+    merged = "name: r\nstorage: &s {root: a, cache_gb: 1}\nother: {<<: *s, root: b}\n"
+    with pytest.raises(ConfigError, match="unknown key 'other'"):
+        load_recipe(written(tmp_path, merged))
 
 
 def test_what_is_no_recipe_says_so(tmp_path: Path) -> None:

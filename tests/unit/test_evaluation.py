@@ -10,13 +10,14 @@ import pytest
 from cluster.artifacts import ArtifactRef, base_ref
 from cluster.config import AverageConfig, IndexConfig, Recipe, System
 from cluster.evaluation import Evaluator, evaluate_model, mean
+from cluster.models import ensure_base
 from cluster.registry import Registry
 from cluster.scorers import build_scorer
 from cluster.sources import load_source
-from colbert_core.errors import ArtifactNotFound, ConfigError
+from colbert_core.errors import ArtifactNotFound, ConfigError, DataError
 from colbert_core.metrics import evaluate_run, paired_bootstrap, per_query, read_trec_run
 from jobs import evaluate
-from tests.tiny_data import data_recipe, word_source
+from tests.tiny_data import data_recipe, word_source, write_source
 from tests.tiny_models import tiny_bert_dir
 
 METRICS = ("nDCG@10", "R@1")
@@ -116,7 +117,7 @@ def test_only_what_changed_is_evaluated_again(
     evaluate.run(given.model_copy(update={"scorers": changed}))
     assert sorted(ran) == [("other", "bm25"), ("other", "ensemble"), ("words", "bm25"), ("words", "ensemble")]
     ran.clear()
-    evaluate.run(recipe(root, tmp_path, depth=5, sources=["other"]))
+    evaluate.run(recipe(root, tmp_path, depth=50, sources=["other"]))
     assert len(ran) == 4
 
 
@@ -171,3 +172,20 @@ def test_a_sample_of_the_questions_depends_on_their_ids_alone(root: Path, tmp_pa
     assert report.metrics["words/words/R@1"] == pytest.approx(mean(sampled))
     # All of them is no sample, whatever the number says.
     assert len(Evaluator(given, registry, "words", max_queries=999).source.labelled_queries) == len(whole)
+
+
+def test_ids_that_no_run_file_can_carry_are_named_before_the_search(root: Path, tmp_path: Path) -> None:
+    documents = [{"_id": "a b", "title": None, "text": "cat"}, {"_id": "c", "title": None, "text": "dog"}]
+    write_source(root / "spaced", documents, [{"_id": "q", "text": "cat"}], [("q", "c", 1)])
+    message = r"source 'spaced': document id 'a b': .* hold no white space"
+    with pytest.raises(DataError, match=message):
+        evaluate.run(recipe(root, tmp_path, sources=["spaced"]))
+
+
+def test_a_metric_may_look_further_down_than_what_is_kept(root: Path, tmp_path: Path) -> None:
+    """As 'average' asks for one: the search is as deep as its metric then."""
+    given = recipe(root, tmp_path, metrics=["R@1"], depth=2)
+    registry = Registry.open(given.storage)
+    start = ensure_base(given, registry)
+    everything = len(load_source(given, "words").corpus)
+    assert evaluate_model(given, registry, start, "words", f"R@{everything}") == 1.0
