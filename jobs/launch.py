@@ -25,6 +25,7 @@ from colbert_core.errors import ConfigError, RaycolbertError
 
 PACKAGES = ("colbert_core", "cluster", "jobs", "serving")
 POLL_SECONDS = 1.0
+PATIENCE = 60  # polls in a row without an answer, after which a submitted job is no longer followed
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
 Overrides = Annotated[
@@ -68,8 +69,9 @@ def launch(
     os.environ.setdefault("TQDM_DISABLE", "1")
     given = {name: value for name, value in extras.items() if value is not None and value is not False}
     try:
-        recipe = load_recipe(recipe_path, overrides)
+        recipe = load_recipe(recipe_path, overrides, elsewhere=address is not None)
         if address:
+            given |= {name: True for name, wanted in (("json", as_json), ("debug", debug)) if wanted}
             raise typer.Exit(_submit(job, recipe_path, overrides, address, given))
         report = _module(job).run(recipe, **given)
         _store(recipe, report)
@@ -110,7 +112,13 @@ def _submit(
     job: str, recipe_path: Path, overrides: Sequence[str], address: str, extras: dict[str, Any]
 ) -> int:
     """Submits ``python -m jobs.<job>`` with this code and recipe, follows its log, returns its status."""
+    import requests
     from ray.job_submission import JobStatus, JobSubmissionClient
+
+    if (report := extras.get("report")) is not None and not Path(report).is_absolute():
+        raise ConfigError(
+            f"--report {report}: relative; the job writes it on the cluster, so give an absolute path"
+        )
 
     try:
         client = JobSubmissionClient(address)
@@ -135,10 +143,21 @@ def _submit(
             metadata={"job": job, "recipe": recipe_path.name},
         )
     console.print(f"submitted {submission} to {address}: {shlex.join(command)}")
-    shown = 0
+    shown, lost = 0, 0
     while True:
-        status = client.get_job_status(submission)
-        log = client.get_job_logs(submission)
+        try:
+            status = client.get_job_status(submission)
+            log = client.get_job_logs(submission)
+        except (requests.RequestException, RuntimeError) as error:
+            lost += 1
+            if lost == PATIENCE:
+                raise RaycolbertError(
+                    f"{address}: out of reach, while job {submission} goes on there; "
+                    f"`ray job logs {submission} --address {address}` follows it: {error}"
+                ) from None
+            time.sleep(POLL_SECONDS)
+            continue
+        lost = 0
         sys.stdout.write(log[shown:])
         sys.stdout.flush()
         shown = len(log)

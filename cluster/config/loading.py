@@ -17,7 +17,7 @@ from colbert_core.config import FrozenModel
 from colbert_core.errors import ConfigError
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Recipe:
     """Reads a recipe file and applies ``key=value`` overrides.
 
     Relative directories start from the current one; they are made absolute here, because the processes
@@ -27,6 +27,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         path: YAML file.
         overrides: ``dotted.key=value`` strings; the value is parsed as YAML, list items are
             addressed by number (``train.0.steps=20``).
+        elsewhere: other machines will read the file: a relative place would be another one there.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a key or value is refused; the message names
@@ -44,7 +45,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = _unshared(tree)
     for override in overrides:
         _apply_override(tree, override)
-    return _with_absolute_paths(parse_recipe(tree, origin=str(path)))
+    recipe = parse_recipe(tree, origin=str(path))
+    if elsewhere:
+        _refuse_relative(recipe, str(path))
+    return _with_absolute_paths(recipe)
 
 
 class _Loader(yaml.SafeLoader):
@@ -98,6 +102,18 @@ def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(node, (dict, list)):
         for part, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield from _texts(value, f"{key}.{part}" if key else str(part))
+
+
+def _refuse_relative(recipe: Recipe, origin: str) -> None:
+    places = {"storage.root": recipe.storage.root}
+    if recipe.data.sources or recipe.data.tuples:
+        places["data.root"] = recipe.data.root
+    for key, place in places.items():
+        if "://" not in place and not Path(place).expanduser().is_absolute():
+            raise ConfigError(
+                f"{origin}: {key}: {place!r} is relative, in a folder of the job that Ray deletes; "
+                "give an address such as s3://bucket/prefix, or an absolute path that all nodes share"
+            )
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

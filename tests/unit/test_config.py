@@ -391,6 +391,15 @@ train:
     assert [phase.optimizer.lr for phase in recipe.train] == [1e-4, 2e-4]
 
 
+def test_what_other_machines_read_has_no_relative_places(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    with pytest.raises(ConfigError, match=r"r\.yaml: storage\.root: 'store' is relative"):
+        load_recipe(path, elsewhere=True)
+    with pytest.raises(ConfigError, match=r"r\.yaml: data\.root: '.*' is relative"):
+        load_recipe(path, ["storage.root=s3://b/p", "data.root=."], elsewhere=True)
+    load_recipe(path, ["storage.root=s3://b/p", "data.root=/data"], elsewhere=True)
+
+
 def test_relative_directories_become_absolute_and_addresses_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
