@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from pyarrow import fs
 from cluster.config import Recipe
 from cluster.storage import open_store
 from colbert_core.errors import DataError
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
 @dataclass(frozen=True)
@@ -214,10 +217,10 @@ def _read_qrels(
     recipe: Recipe, path: str, corpus: Mapping[str, str], queries: Mapping[str, str]
 ) -> dict[str, dict[str, int]]:
     """Reads TSV labels: ``query-id corpus-id score``, or TREC's four columns; a header is skipped."""
-    qrels: dict[str, dict[str, int]] = {}
+    judged: dict[str, dict[str, int]] = {}
     for number, line in text_lines(recipe, path):
         fields = line.split("\t") if "\t" in line else line.split()
-        if not fields or (number == 1 and not fields[-1].lstrip("-").isdigit()):
+        if not fields or (number == 1 and not _NUMBER.fullmatch(fields[-1])):
             continue
         if len(fields) not in (3, 4):
             raise DataError(f"{path} row {number}: 3 or 4 columns are expected, not {len(fields)}")
@@ -226,10 +229,17 @@ def _read_qrels(
             raise DataError(f"{path} row {number}: no query {query_id!r} in the queries file")
         if document_id not in corpus:
             raise DataError(f"{path} row {number}: no document {document_id!r} in the corpus")
-        if not score.lstrip("-").isdigit():
+        if not _NUMBER.fullmatch(score) or not (label := float(score)).is_integer():
             raise DataError(f"{path} row {number}: the label {score!r} is not a whole number")
-        if int(score) > 0:
-            qrels.setdefault(query_id, {})[document_id] = int(score)
+        if judged.setdefault(query_id, {}).setdefault(document_id, int(label)) != label:
+            raise DataError(
+                f"{path} row {number}: query {query_id!r}, document {document_id!r} has another label above"
+            )
+    positive = {
+        query_id: {document_id: label for document_id, label in labels.items() if label > 0}
+        for query_id, labels in judged.items()
+    }
+    qrels = {query_id: labels for query_id, labels in positive.items() if labels}
     if not qrels:
         raise DataError(f"{path}: no relevant document is labelled")
     return qrels

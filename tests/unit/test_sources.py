@@ -67,6 +67,8 @@ def test_malformed_tables_are_refused_with_the_place(
     [
         (b"1\ta\thigh\n1\ta\tmore\n", "row 2: the label 'more' is not a whole number"),
         (b"1\ta\t1\n1\ta\n", "row 2: 3 or 4 columns are expected, not 2"),
+        (b"1\ta\t0.5\n", "row 1: the label '0.5' is not a whole number"),
+        (b"1\ta\t1\n2\ta\t1\n1\ta\t0\n", "row 3: query '1', document 'a' has another label above"),
         (b"1\ta\t0\n", "no relevant document is labelled"),
         (b"1\ta\t1\n\xff\xfe\t1\n", "not UTF-8"),
     ],
@@ -75,6 +77,11 @@ def test_malformed_labels_are_refused_with_the_row(root: Path, content: bytes, m
     (root / "set" / "qrels.tsv").write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_source(data_recipe(root), "set")
+
+
+def test_a_first_row_of_labels_is_no_header(root: Path) -> None:
+    (root / "set" / "qrels.tsv").write_bytes(b"1\ta\t1.0\n1\ta\t1\n3\tb\t2\n")
+    assert load_source(data_recipe(root), "set").qrels == {"1": {"a": 1}, "3": {"b": 2}}
 
 
 def test_missing_and_damaged_files_are_named(root: Path) -> None:
