@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -64,7 +64,7 @@ def run_all(
 ) -> dict[str, str]:
     """Runs all work, at most ``at_once`` pieces together, in the order given.
 
-    A piece whose step raises :class:`TrainingError` ends there, and the others go on.
+    A piece whose step raises :class:`TrainingError`, or whose process dies, ends there, and the others go on.
 
     Args:
         work: what to run; its steps are used up.
@@ -125,6 +125,9 @@ def _failure(reference: ray.ObjectRef[Any]) -> str | None:
         if isinstance(cause, RaycolbertError):
             raise cause from None
         raise
+    except RayError as error:
+        # Its process was killed, for want of memory say, or its node died: the others can go on.
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None
 
 
