@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cluster.artifacts import tuples_ref
 from cluster.checkpoints import RunCheckpoints
 from cluster.config import Recipe, load_recipe
 from cluster.evaluation import Evaluator, mean
+from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.run_lease import RunLease
 from cluster.trainer import run_name
@@ -171,7 +173,13 @@ def test_a_finished_study_is_told_again_without_ray(study: Path) -> None:
     assert report.timings == {}
 
 
-def test_a_variant_that_diverges_is_shown_as_failed(study: Path) -> None:
+@pytest.fixture(scope="module")
+def shared_ray(study: Path) -> Iterator[None]:
+    with ray_session(load_recipe(study)):
+        yield
+
+
+def test_a_variant_that_diverges_is_shown_as_failed(study: Path, shared_ray: None) -> None:
     # Scores scaled to 0 and 1 over this temperature and times this weight are beyond fp32.
     endless = "{kl: 1.0e+6, student_temperature: 1.0e-36}"
     seeds, option = "ablate.seeds=[1]", f"ablate.axes.scale={{endless: {{train.0.loss: {endless}}}}}"
@@ -183,7 +191,9 @@ def test_a_variant_that_diverges_is_shown_as_failed(study: Path) -> None:
     assert report.details["scores"]["dev"].keys() == {"baseline", "loss=mse"}
 
 
-def test_without_a_baseline_there_is_nothing_to_compare_with(study: Path, judge: Evaluator) -> None:
+def test_without_a_baseline_there_is_nothing_to_compare_with(
+    study: Path, judge: Evaluator, shared_ray: None
+) -> None:
     # The variant is what an earlier trial was; the baseline's run is taken.
     recipe = load_recipe(study, ["ablate.seeds=[1]", "train.0.loss={kl: 2}"])
     baseline = expand(recipe)[0]

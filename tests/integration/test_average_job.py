@@ -297,9 +297,9 @@ def test_the_greedy_soup_leaves_a_harmful_checkpoint_out(tmp_path, base_dir):
     assert report.metrics["dev/MRR@5"] == alone > trials[(str(phase_ref(recipe, "pre", 10)),)]
     assert len(trials) == 5
     # What it was chosen by has changed: the choice may be another, and is not passed off as this one.
-    qrels = tmp_path / "dev" / "qrels.tsv"
+    qrels = tmp_path / "qrels.tsv"
     qrels.write_text("".join(qrels.read_text(encoding="utf-8").splitlines(True)[:-1]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"dev/qrels.tsv: .*, since models/"):
+    with pytest.raises(DataError, match=r"qrels.tsv: .*, since models/"):
         average.run(recipe)
 
 

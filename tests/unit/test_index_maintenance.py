@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,7 @@ from colbert_core.index import (
     write_shard,
 )
 from tests.clustered_vectors import Corpus, build, make_corpus, make_queries, train_codec, unit
+from tests.processes import begun
 
 CORPUS = make_corpus(300)
 BUILT, ADDED = CORPUS.part(range(200)), CORPUS.part(range(200, 300))
@@ -218,20 +217,15 @@ def test_drift_shows_how_well_the_codec_fits(directory: Path) -> None:
     assert fitting.mean_residual < measure_drift(open_index(directory).shards).mean_residual
 
 
-CHANGER = """
-import sys, numpy as np
-from pathlib import Path
-from colbert_core.index import add_documents, compact_index, delete_documents, open_index
-directory = Path(sys.argv[1])
-rng = np.random.default_rng()
-ids = [f"d{i}" for i in range(40)]
-while True:
-    vectors = rng.standard_normal((80, 32)).astype("f4")
-    add_documents(directory, ids, vectors, [2] * 40, replace=True)
-    print("changed", flush=True)
-    delete_documents(directory, ids[::2])
-    compact_index(directory, directory.parent / f"compact-{rng.integers(1 << 62)}")
-"""
+def change_for_ever(directory: Path, begin: Event) -> None:
+    rng = np.random.default_rng()
+    ids = [f"d{i}" for i in range(40)]
+    while True:
+        vectors = rng.standard_normal((80, 32)).astype("f4")
+        add_documents(directory, ids, vectors, [2] * 40, replace=True)
+        begin.set()
+        delete_documents(directory, ids[::2])
+        compact_index(directory, directory.parent / f"compact-{rng.integers(1 << 62)}")
 
 
 def test_a_killed_change_leaves_the_index_whole(tmp_path: Path) -> None:
@@ -242,15 +236,10 @@ def test_a_killed_change_leaves_the_index_whole(tmp_path: Path) -> None:
     write_shard(directory / "shards" / "00000", codec, BUILT.ids, BUILT.vectors, BUILT.lengths)
     moments = random.Random(os.getpid())
     for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", CHANGER, str(directory)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "changed\n"
+        process = begun(change_for_ever, directory)
         time.sleep(moments.random())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.join()
         found = ids_of(directory) - set(BUILT.ids)
         assert found in ({f"d{i}" for i in range(40)}, {f"d{i}" for i in range(1, 40, 2)})
     for compacted in tmp_path.glob("compact-*"):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from colbert_core.errors import ArtifactNotFound, ConfigError, DataError, Precon
 from colbert_core.index import delete_documents, open_index
 from jobs import compact_index, update_index
 from tests.clustered_vectors import build, make_corpus, make_queries, train_codec
+from tests.processes import begun
 from tests.tiny_data import data_recipe
 
 CORPUS = make_corpus(200)
@@ -242,17 +241,11 @@ def test_a_digest_names_the_change(recipe: Recipe) -> None:
     assert len({change.digest for change in (first, *others)}) == 5
 
 
-CHANGER = """
-import sys
-from cluster.config import Recipe
-from jobs import compact_index, update_index
-recipe = Recipe.model_validate_json(sys.argv[1])
-print("ready", flush=True)
-update_index.run(recipe, index="i@production", delete="ids.txt")
-changed = update_index.run(recipe, index="i@production", delete="ids.txt").skipped[0]
-compact_index.run(recipe, index=changed.removeprefix("indexes/"))
-print("done", flush=True)
-"""
+def delete_and_compact(recipe: Recipe, begin: Event) -> None:
+    begin.set()
+    update_index.run(recipe, index="i@production", delete="ids.txt")
+    changed = update_index.run(recipe, index="i@production", delete="ids.txt").skipped[0]
+    compact_index.run(recipe, index=changed.removeprefix("indexes/"))
 
 
 def test_a_killed_change_leaves_published_versions_whole(recipe: Recipe) -> None:
@@ -262,21 +255,15 @@ def test_a_killed_change_leaves_published_versions_whole(recipe: Recipe) -> None
     moments = random.Random(os.getpid())
     killed = 0
     while True:
-        process = subprocess.Popen(
-            [sys.executable, "-c", CHANGER, recipe.model_dump_json()], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        process = begun(delete_and_compact, recipe)
         if killed < 3:
             time.sleep(moments.random() * 0.4)
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             killed += 1
-        finished = process.stdout.readline() == "done\n"
-        process.stdout.close()
-        process.wait()
+        process.join()
         for version in registry.versions("indexes", "i"):
             assert registry.verify(ArtifactRef("indexes", "i", version)) == []
-        if finished:
+        if process.exitcode == 0:
             break
     built, *_ = registry.versions("indexes", "i")
     assert built == "built"
