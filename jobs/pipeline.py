@@ -55,7 +55,7 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
     whole = Report(job="pipeline", recipe=recipe.name)
     # Before the first stage, for the last one may move an alias that the recipe names.
     recipe = pinned(recipe, Registry.open(recipe.storage))
-    _check_models(recipe)
+    _check(recipe)
     with _peak_memory(whole), ray_session(recipe):
         for name, job in _stages(recipe):
             console.rule(f"[bold]{name}")
@@ -79,12 +79,14 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
     return whole
 
 
-def _check_models(recipe: Recipe) -> None:
+def _check(recipe: Recipe) -> None:
     """Refuses before any stage what the last ones would look for in vain.
 
     Raises:
-        ConfigError: a model is 'averaged', but nothing is averaged.
+        ConfigError: a model is 'averaged', but nothing is averaged; or the service's keys are not set.
     """
+    if recipe.serve is not None and recipe.serve.questions:
+        api_keys(recipe.serve)
     systems = recipe.evaluate.systems.values() if recipe.evaluate else ()
     for spec in [recipe.index.model if recipe.index else None, *(system.model for system in systems)]:
         if spec is not None and "@" not in spec:

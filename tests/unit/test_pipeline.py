@@ -23,6 +23,12 @@ def test_a_mean_that_nobody_makes_is_missed_before_the_first_stage() -> None:
         pipeline.run(recipe(average=None))
 
 
+def test_keys_that_the_service_will_want_are_missed_before_the_first_stage() -> None:
+    serve = {"questions": ["cat"], "api_keys_env": "RAYCOLBERT_NO_SUCH_KEYS"}
+    with pytest.raises(ConfigError, match="RAYCOLBERT_NO_SUCH_KEYS"):
+        pipeline.run(recipe(serve=serve))
+
+
 @pytest.mark.parametrize("spec", ["averaged", "pre", "post", "base"])
 def test_the_gate_compares_with_what_training_began_with(spec: str) -> None:
     assert start_of(recipe(), spec) == "base"
