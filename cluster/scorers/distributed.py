@@ -21,13 +21,12 @@ from cluster.scorers.build import build_scorer
 from cluster.scorers.progress import progress
 from cluster.scorers.vectors import VectorScorer, share_cache
 from cluster.sources import LabelledSource, load_source
+from cluster.worker_pool import RESTARTS
 from colbert_core.errors import RaycolbertError
 from colbert_core.exact import Ranking, TopDocuments
 
 # Shares of work per worker: enough to even out workers of different speed.
 _SHARES = 4
-# Deaths of a worker, and of the call it was at, before the job gives up.
-RESTARTS = 3
 _ENCODERS = ("bi_encoder", "token_maxsim", "colbert")
 
 Call = Callable[[Any, Any], Any]
