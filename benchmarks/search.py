@@ -15,6 +15,10 @@ the first round. A setting that would take more than ``PATIENCE_S`` seconds is a
 table says; one that follows a setting of more than ``SLOW_S`` seconds a query is not measured. Memory is the
 peak resident set of the process: imports, and what it has mapped from disk, included.
 
+Peers' indexes are kept under ``--cache`` as well, with the figures of their builds, by engine, version,
+settings, threads and processor: a benchmark that was interrupted goes on, and another one need not build
+them again. Ours are built anew in every run.
+
 At each level of recall that a peer reaches, our indexes that are no larger than the smallest peer's there are
 compared with the fastest peers; all of ours, if none is so small.
 """
@@ -22,8 +26,9 @@ compared with the fastest peers; all of ours, if none is so small.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
-import shutil
+import json
 import statistics
 import sys
 import tempfile
@@ -40,10 +45,17 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.support.line_protocol import Peer
-from benchmarks.support.results import Goal, finish
+from benchmarks.support.results import Goal, finish, machine
 from benchmarks.support.search_files import VectorFiles
 from benchmarks.support.search_plot import plot
-from benchmarks.support.search_vectors import add_set_options, encoded, exact_ranking, recombined, texts_of
+from benchmarks.support.search_vectors import (
+    add_set_options,
+    appearing,
+    encoded,
+    exact_ranking,
+    recombined,
+    texts_of,
+)
 from colbert_core.metrics import evaluate_run
 
 OURS, OURS_MODULE = "raycolbert", "benchmarks.support.search_ours"
@@ -53,6 +65,7 @@ LEVELS = (0.80, 0.85, 0.90, 0.95, 0.98)
 STEADY_S = 30.0  # noise of the machine evens out in so long a reading
 PATIENCE_S, FEWEST = 60.0, 20  # for one by one asking; questions that are asked all the same
 SLOW_S = 2.0
+INDEX, BUILT = "index", "built.json"
 
 Settings = dict[str, Any]
 
@@ -140,7 +153,7 @@ def main() -> int:
         exact = exact_ranking(files)
         ours = our_contenders((4, 8), CUTS[1::3]) if options.quick else our_contenders((2, 4, 8), CUTS)
         contenders = [*ours, *(peers[name] for name in pythons)]
-        bench = Benchmark(files, exact, texts.relevant, Path(folder), options.threads)
+        bench = Benchmark(files, exact, texts.relevant, Path(folder), cache, options.threads)
         bench.run(contenders, pythons, rounds)
     goals = bench.goals()
     results = {"exact_ndcg@10": bench.exact_ndcg, "engines": bench.engines, "curves": bench.rows}
@@ -173,9 +186,12 @@ class Benchmark:
         exact: np.ndarray,
         relevant: Sequence[Mapping[int, int]],
         folder: Path,
+        cache: Path,
         threads: int,
     ) -> None:
-        self._files, self._exact, self._folder, self._threads = files, exact, folder, threads
+        self._files, self._exact, self._threads = files, exact, threads
+        self._folder, self._cache = folder, cache
+        self._indexes: dict[str, Path] = {}
         self._relevant = {
             str(q): {str(key): label for key, label in labels.items()} for q, labels in enumerate(relevant)
         }
@@ -188,14 +204,20 @@ class Benchmark:
         """Builds all indexes, then searches them in turn."""
         for contender in track(contenders, "building", console=console, transient=True):
             with self._process(contender, pythons) as process:
-                self.versions[contender.engine] = process.call("versions")
-                built = process.call(
-                    "build",
-                    folder=str(self._files.folder),
-                    index=str(self._index(contender)),
-                    settings=contender.build,
-                    threads=self._threads,
-                )
+                versions = self.versions[contender.engine] = process.call("versions")
+                place = self._indexes[contender.label] = self._place(contender, versions)
+                if not place.exists():
+                    with appearing(place) as staging:
+                        built = process.call(
+                            "build",
+                            folder=str(self._files.folder),
+                            index=str(staging / INDEX),
+                            settings=contender.build,
+                            threads=self._threads,
+                        )
+                        (staging / BUILT).write_text(json.dumps(built), encoding="utf-8")
+            built = json.loads((place / BUILT).read_text(encoding="utf-8"))
+            console.print(f"{contender.label}: built in {built['seconds']:,.0f} s")
             size = built["bytes"]
             self.engines[contender.label] = {
                 "build_s": built["seconds"],
@@ -211,7 +233,7 @@ class Benchmark:
                 seconds = process.call(
                     "open",
                     folder=str(self._files.folder),
-                    index=str(self._index(contender)),
+                    index=str(self._indexes[contender.label] / INDEX),
                     threads=self._threads,
                 )
                 self.engines[contender.label]["open_s"] = seconds
@@ -219,7 +241,6 @@ class Benchmark:
             self._search(contenders, processes, rounds)
             for label, process in processes.items():
                 self.engines[label]["search_peak_mb"] = process.call("peak_mb")
-        shutil.rmtree(self._folder / "indexes")
 
     def _search(self, contenders: Sequence[Contender], processes: Mapping[str, Peer], rounds: int) -> None:
         readings: dict[tuple[str, int, int], list[dict[str, float]]] = {}
@@ -288,8 +309,21 @@ class Benchmark:
         asked = {query: self._relevant[query] for query in run}
         return evaluate_run(run, asked, ["nDCG@10"])["nDCG@10"]
 
-    def _index(self, contender: Contender) -> Path:
-        return self._folder / "indexes" / contender.label.replace(" ", "-")
+    def _place(self, contender: Contender, versions: Mapping[str, str]) -> Path:
+        """Where the index and the figures of its build belong."""
+        if contender.engine == OURS:
+            return self._folder / contender.label.replace(" ", "-")
+        here = machine()
+        key = [
+            versions,
+            contender.build,
+            self._threads,
+            here["processor"],
+            here["instructions"],
+            here["cores"],
+        ]
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        return self._cache / f"{self._files.folder.name}-{contender.engine}-{digest}"
 
     def _process(self, contender: Contender, pythons: Mapping[str, str]) -> Peer:
         ours = contender.engine == OURS

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
 
 from benchmarks.support.line_protocol import Peer
+from colbert_core.precision import fast_precision
 
 OURS = "raycolbert"
+DEFAULT = "fp32"  # of the peers, where nothing else is asked for
 MODES = {"fp32": ("fp32",), "bf16": ("bf16", "bf16-weights")}  # of a peer, by precision
 
 
@@ -41,13 +45,20 @@ def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
     return [peer / own for peer, own in zip(theirs, ours, strict=True)]
 
 
-def lead(seconds: Mapping[tuple[str, str], Sequence[float]], peer: str, precision: str) -> float:
-    """How many times as long a peer's fastest mode of a precision takes; the median of the rounds.
+def default_leads(
+    seconds: Mapping[tuple[str, str], Sequence[float]], peers: Iterable[str]
+) -> dict[str, float]:
+    """How many times as long peers take, all as they come; medians of the rounds.
+
+    Ours encodes for an index in bf16 where the processor has it; the peers do in fp32 unless told otherwise.
 
     Args:
         seconds: of each library and mode, by round.
-        peer: its name.
-        precision: 'fp32' or 'bf16'.
+        peers: their names; one is left out if it, or ours, was not measured so.
     """
-    fastest = min((seconds[peer, mode] for mode in MODES[precision]), key=statistics.median)
-    return statistics.median(ratios(fastest, seconds[OURS, precision]))
+    ours = OURS, fast_precision(torch.device("cpu"))
+    return {
+        peer: statistics.median(ratios(seconds[peer, DEFAULT], seconds[ours]))
+        for peer in peers
+        if ours in seconds and (peer, DEFAULT) in seconds
+    }

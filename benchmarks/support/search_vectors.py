@@ -156,7 +156,7 @@ def _encode_documents(model: ColBERT, documents: Sequence[str], folder: Path) ->
     found = model.encode_documents(documents, progress=True, precision=fast_precision(model.device))
     batch = model.text.documents(documents)
     tokens = [ids[score] for ids, score in zip(batch.ids, batch.score, strict=True)]
-    with _appearing(folder) as staging:
+    with appearing(folder) as staging:
         _save_documents(staging, found.vectors.half().numpy(), found.lengths.numpy(), np.concatenate(tokens))
 
 
@@ -249,7 +249,7 @@ def write_set(
 ) -> VectorFiles:
     """Writes a set; its folder appears complete or not at all."""
     size = {"documents": len(lengths), "vectors": len(vectors), "questions": len(query_lengths)}
-    with _appearing(folder) as staging:
+    with appearing(folder) as staging:
         _save_documents(staging, vectors, lengths, token_ids)
         np.save(staging / "queries.npy", queries.astype(np.float32))
         np.save(staging / "query_lengths.npy", query_lengths.astype(np.int32))
@@ -258,7 +258,7 @@ def write_set(
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name when it is full."""
     staging = folder.with_name(f".{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)

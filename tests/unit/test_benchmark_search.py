@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.growth import exponent, half_way, write_part
 from benchmarks.search import OURS, Benchmark
-from benchmarks.support.encode_programs import lead
+from benchmarks.support import encode_programs
+from benchmarks.support.encode_programs import default_leads
 from benchmarks.support.exported_model import some_of
 from benchmarks.support.growth_ours import Program as Growth
 from benchmarks.support.maxsim_programs import METHODS
@@ -112,16 +113,20 @@ def test_some_texts_keep_their_labels() -> None:
     assert sorted(everything.questions) == sorted(questions)
 
 
-def test_a_peer_counts_with_its_faster_mode() -> None:
+def test_libraries_are_compared_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {
         (OURS, "bf16"): [1.0, 2.0, 1.0],
-        ("peer", "bf16"): [3.0, 3.0, 3.0],
-        ("peer", "bf16-weights"): [1.5, 4.0, 2.0],
+        ("peer", "bf16"): [1.5, 4.0, 2.0],
         (OURS, "fp32"): [2.0, 2.0, 2.0],
         ("peer", "fp32"): [5.0, 4.0, 3.0],
     }
-    assert lead(seconds, "peer", "bf16") == 2.0  # ratios of the same round: 1.5, 2 and 2
-    assert lead(seconds, "peer", "fp32") == 2.0
+    monkeypatch.setattr(encode_programs, "fast_precision", lambda device: "bf16")
+    assert default_leads(seconds, ["peer"]) == {"peer": 3.0}  # ratios of the same round: 5, 2 and 3
+    del seconds["peer", "fp32"]
+    assert default_leads(seconds, ["peer"]) == {}
+    monkeypatch.setattr(encode_programs, "fast_precision", lambda device: "fp32")
+    seconds["peer", "fp32"] = [5.0, 4.0, 3.0]
+    assert default_leads(seconds, ["peer"]) == {"peer": 2.0}
 
 
 def test_growth_is_a_power_of_the_size() -> None:
@@ -170,7 +175,7 @@ def reading(engine: str, recall: float, p50: float, qps: float) -> dict[str, obj
 
 
 def test_goals_compare_at_the_recall_that_peers_reach(files: VectorFiles, tmp_path: Path) -> None:
-    bench = Benchmark(files, exact_ranking(files), [{0: 1}] * 4, tmp_path, 2)
+    bench = Benchmark(files, exact_ranking(files), [{0: 1}] * 4, tmp_path, tmp_path / "cache", 2)
     bench.rows = [
         reading(f"{OURS} 4-bit", 0.86, 2.0, 500),
         reading(f"{OURS} 8-bit", 0.82, 1.0, 900),  # fast, but larger than the peer's
