@@ -12,8 +12,10 @@ from colbert_core.errors import (
     SearchError,
 )
 
-# What a client can put right.
-CLIENT_ERRORS = (SearchError, DataError, ConfigError, DimensionError, NonFiniteError)
+# What a client can put right: it sends texts, so that vectors which do not fit are the model's doing.
+CLIENT_ERRORS = (SearchError, DataError, ConfigError)
+# What an index refuses, whichever of its replicas is asked.
+REFUSED = (*CLIENT_ERRORS, DimensionError, NonFiniteError)
 
 
 class ServiceError(RaycolbertError):

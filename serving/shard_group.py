@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
 
-from serving.errors import CLIENT_ERRORS
+from serving.errors import REFUSED
 from serving.protocol import GroupHits, GroupQuery, NotLoaded, Refusal, ReplicaState
 from serving.shards import GroupShards
 
@@ -87,7 +87,7 @@ class ShardGroup:
         shards = future.result()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._searches, run, shards)
-        except CLIENT_ERRORS as error:
+        except REFUSED as error:
             return Refusal(type(error).__name__, str(error))
 
     def _want(self, version: str) -> Future[GroupShards]:

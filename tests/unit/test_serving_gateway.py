@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import ServeConfig
-from colbert_core.errors import ArtifactNotFound, IndexFormatError, SearchError, StorageError
+from colbert_core.errors import ArtifactNotFound, IndexFormatError, NonFiniteError, SearchError, StorageError
 from serving.errors import DeadlineExceeded, NotReady, ShardsUnavailable, UnknownDocument
 from serving.gateway import build_gateway
 from serving.metrics import Metrics, merge_expositions
@@ -142,6 +142,7 @@ def test_a_long_message_is_cut() -> None:
         (ShardsUnavailable("1 of 2 shards"), 503),
         (StorageError("unreachable"), 503),
         (IndexFormatError("damaged"), 503),
+        (NonFiniteError("queries: text 0 has vectors that are not finite; check the weights"), 503),
         (DeadlineExceeded("late"), 504),
     ],
 )
