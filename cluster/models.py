@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import torch
 
 from cluster.artifacts import ArtifactRef, base_ref, model_ref
-from cluster.config import Recipe
+from cluster.config import Recipe, TrainPhase
 from cluster.data_files import DataFiles, check_same_files
 from cluster.registry import Registry
 from cluster.sources import document_text, read_records
-from colbert_core.config import FrozenModel
+from colbert_core.config import ColBERTConfig, FrozenModel
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import ArtifactNotFound, ConfigError, DataError, VersionExists
-from colbert_core.formats import has_projection, load_model, save_model
+from colbert_core.formats import CONFIG_FILE, has_projection, load_model, read_config, save_model
 from colbert_core.formats_stanford import StanfordExportWarning
 from colbert_core.pretrained import resolve_base
 from colbert_core.projection import pca_projection
@@ -124,6 +124,38 @@ def resolve_model(recipe: Recipe, registry: Registry, spec: str) -> ArtifactRef:
         ArtifactNotFound: there is no such version or alias.
     """
     return registry.resolve("models", spec) if "@" in spec else model_ref(recipe, spec)
+
+
+def check_start(recipe: Recipe, registry: Registry, phase: TrainPhase, ref: ArtifactRef) -> None:
+    """Is the start of a phase published, and made with the settings that the recipe asks for?
+
+    A phase that starts from a published model keeps that model's settings.
+
+    Args:
+        recipe: whose ``model.colbert`` is compared, as far as it is not at its defaults.
+        registry: of the recipe's storage.
+        phase: the phase.
+        ref: what its ``init`` stands for.
+
+    Raises:
+        ArtifactNotFound: the start is not published.
+        ConfigError: it was made with other settings; the message names the keys.
+    """
+    registry.manifest(ref)
+    if "@" not in phase.init:
+        return
+    asked, usual = recipe.model.colbert, ColBERTConfig()
+    found = read_config(registry.pull(ref, paths=[CONFIG_FILE]) / CONFIG_FILE)
+    unlike = [
+        f"model.colbert.{key} is {wanted!r}, that model has {getattr(found, key)!r}"
+        for key, wanted in asked
+        if wanted != getattr(usual, key) and wanted != getattr(found, key)
+    ]
+    if unlike:
+        raise ConfigError(
+            f"training phase {phase.name!r} starts from {phase.init} and keeps its settings: "
+            f"{'; '.join(unlike)}; set the same values, or none"
+        )
 
 
 def start_of(recipe: Recipe, spec: str) -> str:

@@ -199,6 +199,28 @@ def _located(source: str | Path, patterns: Sequence[str] = _HUB_PATTERNS) -> Pat
         raise ModelError(f"{source}: neither a directory nor a model of the hub: {error}") from None
 
 
+def read_config(path: Path) -> ColBERTConfig:
+    """The settings in a ``raycolbert.json``, which every model that this package has saved holds.
+
+    Raises:
+        ModelError: it is missing or damaged.
+        SchemaVersionError: it was written by a newer version of this package.
+    """
+    return parsed_config(_own_settings(path), path)
+
+
+def _own_settings(path: Path) -> dict[str, Any]:
+    tree = read_object(path)
+    version = tree.get("schema_version")
+    if not isinstance(version, int) or not isinstance(tree.get("colbert"), dict):
+        raise ModelError(f"{path}: 'schema_version' and 'colbert' are expected")
+    if version > SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{path}: written with schema version {version}, this is {SCHEMA_VERSION}: upgrade raycolbert"
+        )
+    return dict(tree["colbert"])
+
+
 def _stored_config(
     layout: Detected,
     directory: Path,
@@ -210,15 +232,8 @@ def _stored_config(
     values: dict[str, Any]
     if layout == "raycolbert":
         path = directory / CONFIG_FILE
-        tree = read_object(path)
-        version = tree.get("schema_version")
-        if not isinstance(version, int) or not isinstance(tree.get("colbert"), dict):
-            raise ModelError(f"{path}: 'schema_version' and 'colbert' are expected")
-        if version > SCHEMA_VERSION:
-            raise SchemaVersionError(
-                f"{path}: written with schema version {version}, this is {SCHEMA_VERSION}: upgrade raycolbert"
-            )
-        values, stated = tree["colbert"], tree["colbert"].get("dim")
+        values = _own_settings(path)
+        stated = values.get("dim")
     elif layout == "pylate":
         path = directory / MODULES_FILE
         _, positions = numbered_positions(backbone)

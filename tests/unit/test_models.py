@@ -9,8 +9,11 @@ import pytest
 
 from cluster.artifacts import ArtifactRef, averaged_ref, candidates_ref, index_ref, phase_ref
 from cluster.config import Recipe, StorageConfig, parse_recipe
-from cluster.models import pinned
+from cluster.models import check_start, ensure_base, pinned, resolve_model
 from cluster.registry import Registry
+from colbert_core.errors import ArtifactNotFound, ConfigError
+from tests.tiny_models import tiny_bert_dir
+from tests.tiny_training import training_recipe
 
 FILES = {"corpus": "c.jsonl", "queries": "q.jsonl", "qrels": "q.tsv"}
 ALIAS = "other@production"
@@ -105,3 +108,31 @@ def test_what_does_not_exist_is_left_to_the_job_that_needs_it(recipe: Recipe, tm
 def test_a_recipe_without_the_sections_stays_as_it_is(registry: Registry, tmp_path: Path) -> None:
     bare = {key: tree(tmp_path)[key] for key in ("name", "storage", "model")}
     assert pinned(parse_recipe(bare), registry) == parse_recipe(bare)
+
+
+def test_a_published_start_with_other_settings_is_refused(tmp_path: Path) -> None:
+    made = training_recipe(tmp_path)  # dim 16, query_length 8, document_length 24
+    tiny_bert_dir(Path(made.model.base))
+    registry = Registry.open(made.storage)
+    start = ensure_base(made, registry)
+
+    def check(init: str, **colbert: Any) -> None:
+        values = made.model_dump(mode="json")
+        values["model"]["colbert"] = colbert
+        values["train"][0]["init"] = init
+        recipe = parse_recipe(values)
+        check_start(recipe, registry, recipe.train[0], resolve_model(recipe, registry, init))
+
+    spec = f"{start.name}@{start.version}"
+    check("base", dim=16, query_length=8, document_length=24)
+    check(spec, dim=16, query_length=8)
+    check(spec)  # nothing is asked for
+    with pytest.raises(ConfigError) as refused:
+        check(spec, dim=16, query_length=64, do_lower_case=True)
+    assert str(refused.value) == (
+        f"training phase 'p' starts from {spec} and keeps its settings: model.colbert.query_length is 64, "
+        "that model has 8; model.colbert.do_lower_case is True, that model has False; set the same values, "
+        "or none"
+    )
+    with pytest.raises(ArtifactNotFound):
+        check("base", dim=32)
