@@ -15,6 +15,10 @@ from colbert_core.errors import ConfigError
 # Logical CPUs beyond the cores of an embedded Ray: data tasks run beside the training workers,
 # which each hold a core but wait for data some of the time.
 SPARE_CPUS = 2
+# Idle threads of one process must not spin on the cores that another one computes on. To wake a thread up
+# takes longer than most pauses between two products, though: GNU's OpenMP, which torch has, spins for some
+# 30 µs first.
+SHORT_WAITS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 
 def has_cluster(recipe: Recipe) -> bool:

@@ -2,7 +2,8 @@
 
 No clock is compared between machines. A lease is stale when it has not changed for a while *as seen by
 the one who wants it*; it is then taken over by compare-and-swap, so that of several waiting only one
-gets it, and the former holder, should it still live, finds out at its next heartbeat.
+gets it. The former holder, should it still live, stops its signs of life, and its workers make nothing more
+visible: they look whose the run is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from types import TracebackType
 
@@ -27,6 +29,38 @@ HEARTBEAT_S = 5.0
 STALE_S = 30.0
 
 
+@dataclass(frozen=True)
+class LeaseClaim:
+    """Who says to hold a lease; goes to the workers of a run, whose driver keeps the lease alive.
+
+    Attributes:
+        key: the lease object.
+        holder: what it must name.
+    """
+
+    key: str
+    holder: str
+
+    def etag(self, store: ObjectStore) -> str | None:
+        """The lease's etag as it is stored now, if it is this holder's."""
+        try:
+            data, etag = store.get_with_etag(self.key)
+        except ObjectNotFound:
+            return None
+        return etag if json.loads(data).get("holder") == self.holder else None
+
+    def check(self, store: ObjectStore) -> None:
+        """Is the run still this holder's?
+
+        Raises:
+            TrainingError: another process has taken it over.
+        """
+        if self.etag(store) is None:
+            raise TrainingError(
+                f"{store.uri}/{self.key}: another process took this run over while this one did not answer"
+            )
+
+
 class RunLease:
     """Holds the right to run under a name for the time of a ``with`` block.
 
@@ -36,6 +70,9 @@ class RunLease:
         inputs: what the run is made from, for the collection of garbage to keep.
         heartbeat_s: seconds between signs of life.
         stale_s: seconds without one after which a lease may be taken over; several heartbeats.
+
+    Attributes:
+        claim: what tells whether the run is still this one's.
 
     Raises:
         TrainingError: on entering, another living process holds the lease; says which.
@@ -50,11 +87,12 @@ class RunLease:
         heartbeat_s: float = HEARTBEAT_S,
         stale_s: float = STALE_S,
     ) -> None:
+        self.claim = LeaseClaim(key, uuid.uuid4().hex)
         self._store, self._key = store, key
         self._heartbeat_s, self._stale_s = heartbeat_s, stale_s
         self._holder = {
             "schema_version": 1,
-            "holder": uuid.uuid4().hex,
+            "holder": self.claim.holder,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": datetime.now(timezone.utc).isoformat(),
@@ -63,13 +101,7 @@ class RunLease:
         self._beats = 0
         self._etag = ""
         self._stop = threading.Event()
-        self._lost = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run-lease", daemon=True)
-
-    @property
-    def lost(self) -> bool:
-        """Has another process taken the lease over?"""
-        return self._lost.is_set()
 
     def __enter__(self) -> RunLease:
         self._etag = self._acquire()
@@ -86,7 +118,7 @@ class RunLease:
         self._thread.join()
         # One that cannot be looked at or deleted now goes stale, and must not hide how the run ended.
         with suppress(StorageError):
-            if self._own() is not None:
+            if self.claim.etag(self._store) is not None:
                 self._store.delete(self._key)
 
     def _acquire(self) -> str:
@@ -123,22 +155,13 @@ class RunLease:
             except PreconditionFailed:
                 # An earlier beat may have arrived although its answer did not.
                 with suppress(StorageError):
-                    etag = self._own()
+                    etag = self.claim.etag(self._store)
                     if etag is None:
-                        self._lost.set()
                         return
                     self._etag = etag
             except StorageError:
                 # Storage that is away for a moment also keeps others from taking the lease.
                 continue
-
-    def _own(self) -> str | None:
-        """The lease's etag as it is stored now, if it is this process's."""
-        try:
-            data, etag = self._store.get_with_etag(self._key)
-        except ObjectNotFound:
-            return None
-        return etag if json.loads(data).get("holder") == self._holder["holder"] else None
 
     def _content(self) -> bytes:
         return json.dumps({**self._holder, "beats": self._beats}).encode()

@@ -21,7 +21,8 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from cluster.artifacts import ArtifactRef, phase_fingerprint, phase_ref, training_phase, tuples_ref
 from cluster.checkpoints import RunCheckpoints
 from cluster.config import Recipe, TrainPhase, fingerprint
-from cluster.models import resolve_model
+from cluster.models import check_start, resolve_model
+from cluster.ray_session import SHORT_WAITS
 from cluster.registry import Registry
 from cluster.run_lease import HEARTBEAT_S, STALE_S, RunLease
 from cluster.streams import TupleIndex
@@ -80,7 +81,8 @@ def train_phase(
         TrainingError: the run is in use elsewhere, its loss is no number, or its workers failed more
             often than ``max_failures``.
         DataError: a training set is malformed.
-        ConfigError: a tracker of ``track`` is not installed.
+        ConfigError: a tracker of ``track`` is not installed, or the phase starts from a published model with
+            other settings than ``model.colbert``.
         ArtifactNotFound: the start or a training set is not published.
     """
     config = training_phase(recipe, phase)
@@ -88,32 +90,31 @@ def train_phase(
     run = run_name(recipe, phase)
     data = tuple(tuples_ref(recipe, name) for name in config.data)
     index, digest = _tuple_index(registry, data)
+    init = resolve_model(recipe, registry, config.init)
+    check_start(recipe, registry, config, init)
+    checkpoints = RunCheckpoints(registry.store, run)
+    lease = RunLease(
+        registry.store,
+        f"{checkpoints.prefix}lease.json",
+        inputs=[init, *data],
+        heartbeat_s=heartbeat_s,
+        stale_s=stale_s,
+    )
     job = PhaseJob(
         recipe=recipe,
         phase=config,
         run=run,
-        init=resolve_model(recipe, registry, config.init),
+        init=init,
         data=data,
         index=index,
         data_fingerprint=digest,
         readers=_readers(config),
+        claim=lease.claim,
     )
-    registry.manifest(job.init)
-    checkpoints = RunCheckpoints(registry.store, run)
-    with (
-        RunLease(
-            registry.store,
-            f"{checkpoints.prefix}lease.json",
-            inputs=[job.init, *data],
-            heartbeat_s=heartbeat_s,
-            stale_s=stale_s,
-        ) as lease,
-        ProgressDisplay(registry.store, checkpoints.prefix, f"train {phase}"),
-    ):
+    with lease, ProgressDisplay(registry.store, checkpoints.prefix, f"train {phase}"):
         _check_resume(job, checkpoints)
         outcome = _fit(job, registry, callbacks)
-        if lease.lost:
-            raise TrainingError(f"{run}: another process took this run over while this one did not answer")
+        lease.claim.check(registry.store)
     if failure := outcome.get("failure"):
         raise getattr(errors, failure[0])(f"training phase {phase!r}: {failure[1]}")
     saved = checkpoints.latest()
@@ -190,7 +191,7 @@ def worker_environment(phase: TrainPhase) -> dict[str, str]:
         # Forward and backward run on different threads. With a heap for each, what one
         # frees the other cannot use, and a process holds both their peaks in fragments.
         "MALLOC_ARENA_MAX": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **SHORT_WAITS,
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.artifacts import ArtifactRef
 from cluster.config import Recipe, TrainPhase
+from cluster.run_lease import LeaseClaim
 from cluster.streams import TupleIndex, UnitSchedule
 
 
@@ -23,6 +24,7 @@ class PhaseJob:
         index: where their tuples are.
         data_fingerprint: digest of their content.
         readers: Ray Data processes that read and tokenise for one worker.
+        claim: to the run, by whoever started it.
     """
 
     recipe: Recipe
@@ -33,6 +35,7 @@ class PhaseJob:
     index: TupleIndex
     data_fingerprint: str
     readers: int
+    claim: LeaseClaim
 
     @property
     def schedule(self) -> UnitSchedule:
@@ -50,8 +53,9 @@ def run_worker(config: dict[Any, Any]) -> dict[str, Any]:
     since the last report.
 
     Returns:
-        ``{"failure": [class name, message]}`` when going on is pointless (malformed data, a loss that
-        is no number): raising would make Ray Train try the same again. Else the last step's figures.
+        ``{"failure": [class name, message]}`` when going on is pointless (malformed data, a loss that is no
+        number, a run that is another's by now): raising would make Ray Train try the same again. Else the
+        last step's figures.
     """
     from cluster.training_loop import TrainingLoop
 

@@ -48,7 +48,7 @@ class TrainingLoop:
             torch.cuda.set_device(ray.train.torch.get_device())
         self._group = WorkerGroup()
         attempt = self._group.agree_on(uuid.uuid4().hex[:12])
-        registry = Registry.open(job.recipe.storage)
+        self._registry = registry = Registry.open(job.recipe.storage)
         self._model = prepare_model(load_model_ref(registry, job.init), self._phase)
         self._objective = UnitObjective(self._phase)
         self._precision = agreed_precision(self._phase, self._group)
@@ -91,7 +91,7 @@ class TrainingLoop:
             readers=self._job.readers,
         )
         try:
-            failure = self._steps(stream)
+            failure = self._taken_over() or self._steps(stream)
             self._saves.finish()
             if failure is not None:
                 return {"failure": list(failure)}
@@ -142,6 +142,16 @@ class TrainingLoop:
                 self._log.add(record)
             self._after_step(record, figures)
         return None
+
+    def _taken_over(self) -> tuple[str, str] | None:
+        """Whether the run is another's by now: starting its workers again is of no use; collective."""
+        problem = None
+        if self._group.rank == 0:
+            try:
+                self._job.claim.check(self._registry.store)
+            except TrainingError as error:
+                problem = (type(error).__name__, str(error))
+        return self._group.agree_on(problem)
 
     def _prepare(
         self, works: list[UnitWork], problem: tuple[str, str] | None

@@ -108,7 +108,8 @@ class RunSaves:
     def commit(self) -> None:
         """Makes the save in flight visible, if there is one: every worker has said that it is uploaded.
 
-        A model that could not be published fails the save.
+        A model that could not be published fails the save, and so does a run that is another's by now: it
+        must not delete what the other one builds on.
         """
         if not self._saving:
             return
@@ -124,6 +125,7 @@ class RunSaves:
 
         def publish() -> None:
             assert log is not None
+            self._job.claim.check(self._registry.store)
             log.store(records)
             for model in models:
                 model.result()

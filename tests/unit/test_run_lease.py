@@ -45,7 +45,7 @@ def test_a_living_run_keeps_others_out_however_long(store: ObjectStore) -> None:
                 RunLease(store, KEY, heartbeat_s=0.05, stale_s=0.5),
             ):
                 pass
-        assert not lease.lost
+        lease.claim.check(store)
     assert not store.exists(KEY)
 
 
@@ -83,14 +83,18 @@ def test_only_one_of_many_gets_an_abandoned_lease(store: ObjectStore) -> None:
 
 
 def test_a_holder_that_was_thought_dead_finds_out(store: ObjectStore) -> None:
-    with RunLease(store, KEY, heartbeat_s=0.1) as lease:
+    with RunLease(store, KEY, heartbeat_s=0.05) as lease:
         other = b'{"host": "other"}'
         store.put(KEY, other)
-        deadline = time.monotonic() + 5
-        while not lease.lost and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert lease.lost
+        with pytest.raises(TrainingError, match=rf"{KEY}: another process took this run over"):
+            lease.claim.check(store)
+        time.sleep(0.3)
+        assert store.get(KEY) == other  # no sign of life over it
     assert store.get(KEY) == other
+    with RunLease(store, "runs/s/lease.json") as lease:
+        store.delete("runs/s/lease.json")
+        with pytest.raises(TrainingError, match="took this run over"):
+            lease.claim.check(store)
 
 
 def test_a_heartbeat_whose_answer_was_lost_is_no_loss(store: ObjectStore) -> None:
@@ -101,7 +105,8 @@ def test_a_heartbeat_whose_answer_was_lost_is_no_loss(store: ObjectStore) -> Non
         beats = json.loads(content)["beats"]
         deadline = time.monotonic() + 5
         while json.loads(store.get(KEY))["beats"] < beats + 3:
-            assert time.monotonic() < deadline and not lease.lost
+            assert time.monotonic() < deadline
+            lease.claim.check(store)
             time.sleep(0.02)
     assert not store.exists(KEY)
 
