@@ -1,4 +1,4 @@
-"""New versions of a published index: with documents added and deleted, or compacted.
+"""New versions of a published index with documents added and deleted.
 
 A published version stays as it is; a change makes a version of its own whose parent it is. Added documents
 are encoded and compressed by Ray workers, with the model and the codec of the index, into one delta shard
@@ -12,7 +12,6 @@ is repeated and goes on with what is uploaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,27 +19,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from cluster.artifacts import ArtifactRef
 from cluster.config import IndexConfig, Recipe, Source, fingerprint
 from cluster.index_change import IndexChange
 from cluster.index_corpus import SCHEMA, BuildArea, Counts
+from cluster.index_versions import model_of, publish_index, upload_files
 from cluster.index_worker import IndexWorker
-from cluster.manifest import Manifest, Parent
+from cluster.manifest import Manifest
 from cluster.registry import Registry
 from cluster.report import Report
-from cluster.scorers.progress import progress
-from cluster.staging import StagedArtifact
-from cluster.transfers import transfer
 from cluster.worker_pool import WorkerPool
-from colbert_core.errors import ConfigError, DataError, IndexFormatError, StorageError
+from colbert_core.errors import ConfigError, DataError, StorageError
 from colbert_core.index import (
     Codec,
     check_metadata,
     commit_change,
-    compact_index,
     known_documents,
     measure_drift,
 )
@@ -50,7 +45,6 @@ from colbert_core.index.directory import (
     current_generation,
     generation_files,
     open_shards,
-    with_counts,
 )
 
 # Mean residual of added tokens, in units of the training sample's, above which a user is told.
@@ -64,33 +58,6 @@ _SOURCE = "additions"
 def updated_ref(source: ArtifactRef, change: IndexChange) -> ArtifactRef:
     """The version that a change makes of an index."""
     return ArtifactRef("indexes", source.name, f"update-{fingerprint(source.version, change.digest)}")
-
-
-def compacted_ref(source: ArtifactRef, shards: int | None) -> ArtifactRef:
-    """The version that compaction makes of an index."""
-    return ArtifactRef("indexes", source.name, f"compact-{fingerprint(source.version, shards)}")
-
-
-def is_compact(manifest: Manifest, shards: int | None) -> bool:
-    """Whether a version is as a build leaves it, with so many shards (any number, if None)."""
-    if any(path.startswith("generations/") for path in manifest.files):
-        return False
-    folders = {path.split("/")[1] for path in manifest.files if path.startswith("shards/")}
-    return shards is None or shards == len(folders)
-
-
-def model_of(manifest: Manifest) -> ArtifactRef:
-    """The model that an index was encoded with.
-
-    Raises:
-        IndexFormatError: its manifest names none, or several.
-    """
-    models = [parent.ref for parent in manifest.parents if parent.ref.kind == "models"]
-    if len(models) != 1:
-        raise IndexFormatError(
-            f"{manifest.ref}: its manifest names {len(models)} models; an index has exactly one"
-        )
-    return models[0]
 
 
 def encoding_config(recipe: Recipe, manifest: Manifest) -> IndexConfig:
@@ -213,7 +180,7 @@ class IndexUpdate:
                 delta=None if delta is None else delta.entry,
             )
             files = generation_files(work, generation)
-            _upload(staged, work, files)
+            upload_files(staged, work, files)
         self._tell(generation, delta)
         tokens = {
             shard.directory.relative_to(self._copy).as_posix(): shard.manifest.tokens
@@ -222,7 +189,7 @@ class IndexUpdate:
         if delta is not None:
             tokens[delta.entry.path] = delta.tokens
         with report.timed("publish"):
-            manifest = _publish(
+            manifest = publish_index(
                 staged,
                 [*files, *(delta.files if delta is not None else ())],
                 self._manifest,
@@ -313,52 +280,6 @@ class IndexUpdate:
             )
 
 
-def compact_published(
-    manifest: Manifest, ref: ArtifactRef, shards: int | None, registry: Registry, report: Report
-) -> Manifest:
-    """Publishes the live documents of an index as a new version without additions and deletions.
-
-    Its shards are, byte for byte, those that a build of these documents with this codec has. Memory is
-    that of 4,096 documents and all ids; the disk holds both indexes for a while.
-
-    Args:
-        manifest: of the index.
-        ref: the version to publish.
-        shards: how many; None for as many as it had before additions.
-        registry: where it is.
-        report: gets figures and timings.
-
-    Raises:
-        VersionExists: somebody else published it meanwhile.
-        IndexFormatError: a shard is damaged.
-    """
-    staged = registry.staging(ref)
-    model = model_of(manifest)
-    with report.timed("pull"):
-        source = registry.pull(manifest.ref)
-    codec = Codec.load(source / "codec")
-    opened = open_shards(source, codec)
-    live = sum(int(np.count_nonzero(shard.live)) for shard in opened)
-    report.metrics.update(
-        shards_before=len(opened), documents_removed=sum(len(shard) for shard in opened) - live
-    )
-    with TemporaryDirectory(prefix="raycolbert-compact-") as folder:
-        target = Path(folder) / "index"
-        with report.timed("compact"), progress() as bar:
-            row = bar.add_task("documents copied", total=live)
-            generation = compact_index(source, target, shards, progress=lambda count: bar.advance(row, count))
-        written = open_shards(target, codec)
-        generation = with_counts(generation, written)
-        tokens = {f"shards/{shard.directory.name}": shard.manifest.tokens for shard in written}
-        files = generation_files(target, generation)
-        with report.timed("upload"):
-            _upload(staged, target, files)
-        drift = measure_drift(written)
-        report.metrics.update(drift=drift.mean_residual, residuals_clipped=drift.beyond)
-    with report.timed("publish"):
-        return _publish(staged, files, manifest, model, generation, tokens, report, {})
-
-
 def _mirror(source: Path, target: Path) -> None:
     """A directory of links to all files of another: what is added to it is not added to that."""
     for path in source.rglob("*"):
@@ -366,48 +287,3 @@ def _mirror(source: Path, target: Path) -> None:
             link = target / path.relative_to(source)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
-
-
-def _upload(staged: StagedArtifact, directory: Path, files: Sequence[str]) -> None:
-    sizes = {path: (directory / path).stat().st_size for path in files}
-    transfer(f"upload {staged.ref}", sizes, lambda path: staged.upload(path, directory / path))
-
-
-def _publish(
-    staged: StagedArtifact,
-    files: Sequence[str],
-    parent: Manifest,
-    model: ArtifactRef,
-    generation: Generation,
-    tokens: Mapping[str, int],
-    report: Report,
-    extra: Mapping[str, Any],
-) -> Manifest:
-    """Makes a version visible, described as the build describes one.
-
-    Args:
-        tokens: of each shard, by its path, deleted documents' included.
-    """
-    shards = [
-        {"directory": entry.path, "documents": entry.documents, "tokens": tokens[entry.path]}
-        for entry in generation.shards
-    ]
-    gone = sum(entry.deleted for entry in generation.shards)
-    held = sum(entry.documents for entry in generation.shards)
-    report.metrics.update(documents=held - gone, tombstones=gone, shards=len(shards))
-    report.details["shards"] = shards
-    return staged.commit(
-        expected=files,
-        parents=[Parent(parent.ref), Parent(model)],
-        recipe=parent.recipe,
-        fingerprint=staged.ref.version,
-        metrics=report.metrics,
-        extra={
-            "dim": parent.extra.get("dim"),
-            "documents": held - gone,
-            "tokens": sum(tokens.values()),
-            "codec": generation.codec_sha256,
-            "shards": shards,
-            **extra,
-        },
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.config import Recipe
-from cluster.index_update import compact_published, compacted_ref, is_compact
+from cluster.index_compaction import compact_published, compacted_ref, is_compact
 from cluster.registry import Registry
 from cluster.report import Report
 from colbert_core.errors import ConfigError, VersionExists
