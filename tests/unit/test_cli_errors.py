@@ -171,3 +171,7 @@ def test_debug_shows_the_traceback(case: Case) -> None:
     result = CliRunner().invoke(app, ["mine_negatives", str(recipe), "--debug"])
     assert result.exit_code == 2
     assert "Traceback" in result.output
+
+
+def test_a_compacted_index_has_a_shard_at_least(case: Case) -> None:
+    assert "--shards 0: at least 1 is expected" in case.error_of("compact_index", "--shards", "0")
