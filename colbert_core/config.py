@@ -97,7 +97,7 @@ class CodecConfig(FrozenModel):
     residual_bits: Literal[2, 4, 8] = Field(4, description="bits per dimension of a residual")
     kmeans_iterations: int = Field(8, ge=1)
     sample_tokens: int = Field(2_000_000, ge=1, description="token vectors sampled to train the codec")
-    seed: int = 42
+    seed: int = Field(42, ge=0)
 
 
 class SearchConfig(FrozenModel):

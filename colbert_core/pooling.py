@@ -23,7 +23,8 @@ def pool_vectors(vectors: RaggedVectors, factor: int, protected: int = 1) -> Rag
 
     Args:
         vectors: L2-normalised token vectors.
-        factor: of n vectors that may be merged, ``max(1, n // factor)`` remain.
+        factor: of n vectors that may be merged, at most ``max(1, n // factor)`` remain; fewer where vectors
+            are identical.
         protected: the first vectors of a document, [CLS], which are never merged.
 
     Returns:

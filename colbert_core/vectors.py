@@ -22,7 +22,7 @@ class RaggedVectors:
             0 to 1; None if they were not just encoded.
 
     Raises:
-        DimensionError: ``vectors`` and ``lengths`` do not fit together.
+        DimensionError: ``vectors`` and ``lengths`` do not fit together, or a length is negative.
     """
 
     vectors: Tensor
@@ -36,6 +36,9 @@ class RaggedVectors:
                 f"{list(self.lengths.shape)}"
             )
         self.lengths = self.lengths.to(device="cpu", dtype=torch.int64)
+        if len(self.lengths) and int(self.lengths.min()) < 0:
+            text = int(self.lengths.argmin())
+            raise DimensionError(f"text {text} has {int(self.lengths[text])} vectors")
         if int(self.lengths.sum()) != self.vectors.shape[0]:
             raise DimensionError(
                 f"lengths add up to {int(self.lengths.sum())}, but there are {self.vectors.shape[0]} vectors"

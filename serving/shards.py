@@ -13,7 +13,7 @@ from cluster.artifacts import ArtifactRef
 from cluster.registry import Registry
 from colbert_core.errors import IndexFormatError
 from colbert_core.index import Searcher, open_index
-from colbert_core.index.directory import Generation
+from colbert_core.index.directory import Generation, generation_order
 from colbert_core.index.shard import MANIFEST_FILE
 from serving.filters import parse_filter
 from serving.protocol import GroupHits, GroupQuery
@@ -88,13 +88,17 @@ def shard_paths(registry: Registry, ref: ArtifactRef) -> list[str]:
         IndexFormatError: it has no shards, or its newest generation is not readable.
     """
     files = registry.manifest(ref).files
-    generations = sorted(path for path in files if path.startswith("generations/"))
+    written = (PurePosixPath(path) for path in files if path.startswith("generations/"))
+    # Only whole ones: a change that was killed leaves a file with another ending.
+    generations = sorted((path for path in written if path.suffix == ".json"), key=generation_order)
     if not generations:
         folders = [PurePosixPath(path).parent for path in files if path.endswith(f"/{MANIFEST_FILE}")]
-        paths = sorted(str(folder) for folder in folders if folder.parent.name == "shards")
+        # A writer that was killed leaves a directory whose name begins with a dot.
+        whole = [folder for folder in folders if not folder.name.startswith(".")]
+        paths = sorted(str(folder) for folder in whole if folder.parent.name == "shards")
     else:
         try:
-            with registry.open_file(ref, generations[-1]) as newest:
+            with registry.open_file(ref, str(generations[-1])) as newest:
                 tree = json.load(newest)
             tree.pop("sha256", None)
             paths = [entry.path for entry in Generation.model_validate(tree).shards]

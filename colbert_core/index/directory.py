@@ -9,8 +9,9 @@
     generations/00003.json    the shards and bitmaps of generation 3, written last
 
 A change adds files and then one generation file, by rename: a reader sees the state before or after it,
-and a process that is killed leaves at most files that nothing names. A directory without generations,
-as the build leaves it, consists of all of its ``shards``.
+and a process that is killed leaves at most files that nothing names. Changes survive that, not a loss of
+power of the machine: what a generation file names is not synchronised with the disk. A directory without
+generations, as the build leaves it, consists of all of its ``shards``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -94,10 +95,19 @@ def open_index(
 
 
 def open_shards(
-    directory: Path, codec: Codec, *, shards: Sequence[str] | None = None, verify: Verify = "fast"
+    directory: Path,
+    codec: Codec,
+    *,
+    shards: Sequence[str] | None = None,
+    verify: Verify = "fast",
+    generation: Generation | None = None,
 ) -> list[Shard]:
-    """Opens shards of the current generation, deletions applied; arguments as for :func:`open_index`."""
-    generation = current_generation(directory, codec)
+    """Opens shards of a generation, deletions applied; other arguments as for :func:`open_index`.
+
+    Args:
+        generation: the generation; the current one if None.
+    """
+    generation = generation or current_generation(directory, codec)
     entries = {entry.path: entry for entry in generation.shards}
     for path in shards or ():
         if path not in entries:
@@ -122,9 +132,10 @@ def current_generation(directory: Path, codec: Codec) -> Generation:
         IndexFormatError: there are no shards, or the generation is damaged or of another codec.
         SchemaVersionError: a newer version of raycolbert wrote it.
     """
-    written = sorted((directory / "generations").glob("[0-9]*.json"))
+    written = sorted((directory / "generations").glob("[0-9]*.json"), key=generation_order)
     if not written:
-        found = sorted(path.parent.name for path in (directory / "shards").glob(f"*/{MANIFEST_FILE}"))
+        # A writer that was killed leaves a directory whose name begins with a dot.
+        found = sorted(path.parent.name for path in (directory / "shards").glob(f"[!.]*/{MANIFEST_FILE}"))
         if not found:
             raise IndexFormatError(f"{directory}: no index: it has no shards")
         entries = tuple(ShardEntry(path=f"shards/{name}", documents=0) for name in found)
@@ -136,6 +147,11 @@ def current_generation(directory: Path, codec: Codec) -> Generation:
     if generation.codec_sha256 != codec.sha256:
         raise IndexFormatError(f"{path}: belongs to another codec")
     return generation
+
+
+def generation_order(path: PurePath) -> tuple[int, str]:
+    """Sorts generation files by their numbers, also those of more than five digits."""
+    return len(path.stem), path.stem
 
 
 def generation_files(directory: Path, generation: Generation) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
@@ -11,20 +11,36 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
-from colbert_core.errors import SearchError
-from colbert_core.index.shard import Shard
+from colbert_core.errors import DataError, SearchError
+from colbert_core.index.shard import Shard, checked_ids
 
 # Ids of the documents allowed, or a condition on metadata columns.
-Filter: TypeAlias = "Collection[str] | pc.Expression"
+Filter: TypeAlias = "Iterable[str] | pc.Expression"
 
 
-def eligible_documents(shard: Shard, condition: Filter | None) -> NDArray[np.bool_]:
+def checked_filter(condition: Filter | None) -> list[str] | pc.Expression | None:
+    """A filter that can be applied to one shard after another: ids are read once.
+
+    Raises:
+        SearchError: it is neither an expression nor a collection of strings.
+    """
+    if condition is None or isinstance(condition, pc.Expression):
+        return condition
+    if isinstance(condition, (str, bytes)):
+        raise SearchError(f"a filter is a collection of ids or an expression, not the string {condition!r}")
+    try:
+        return checked_ids(condition)
+    except DataError as error:
+        raise SearchError(f"a filter is a collection of ids or an expression: {error}") from None
+
+
+def eligible_documents(shard: Shard, condition: list[str] | pc.Expression | None) -> NDArray[np.bool_]:
     """Documents of a shard that a search may return, bool ``[documents]``.
 
     Args:
         shard: an open shard.
-        condition: None lets every document pass; a collection of ids those in it (an empty one lets none
-            pass); an expression those for which it is true (not null).
+        condition: of :func:`checked_filter`. None lets every document pass; a list of ids those in it (an
+            empty one lets none pass); an expression those for which it is true (not null).
 
     Raises:
         SearchError: the expression names a column that the shard's metadata lacks, compares types that
@@ -37,10 +53,8 @@ def eligible_documents(shard: Shard, condition: Filter | None) -> NDArray[np.boo
         if not len(shard):  # it has no metadata, whatever the others have
             return shard.live
         return shard.live & _matches(shard, condition)
-    if isinstance(condition, (str, bytes)):
-        raise SearchError(f"a filter is a collection of ids or an expression, not the string {condition!r}")
     allowed = np.zeros(len(shard), dtype=np.bool_)
-    found = shard.find(list(condition))
+    found = shard.find(condition)
     allowed[found[found >= 0]] = True
     return shard.live & allowed
 

@@ -1,7 +1,8 @@
 """Changes to an index: additions, deletions, updates, compaction, and how well the codec still fits.
 
 Nothing is rewritten in place; see :mod:`colbert_core.index.directory` for what a change leaves behind.
-One process may change an index at a time: of two that try, one fails and leaves nothing behind.
+One process may change an index at a time: of two that try, one fails and leaves nothing behind, except
+what it wrote under a name that it was given.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from colbert_core.index.directory import (
     write_tombstones,
 )
 from colbert_core.index.metadata import take_rows
-from colbert_core.index.shard import Shard
+from colbert_core.index.shard import Shard, checked_ids
 from colbert_core.index.shard_writer import ShardWriter, shard_of
 
 COMPACTION_DOCUMENTS = 4096  # documents held while they are copied
@@ -58,6 +59,9 @@ def delete_documents(directory: str | Path, ids: Sequence[str]) -> int:
     Args:
         directory: an index.
         ids: external ids; unknown and already deleted ones are passed over.
+
+    Raises:
+        DataError: an id is no string.
     """
     directory = Path(directory)
     change = _Change(directory)
@@ -87,10 +91,12 @@ def add_documents(
         How many documents were replaced.
 
     Raises:
-        DataError: an id is there already, or occurs twice, or the metadata columns are not the index's.
+        DataError: an id is there already, or occurs twice, or is no string, or the metadata columns are not
+            the index's.
         DimensionError, NonFiniteError: the vectors do not fit.
     """
     directory = Path(directory)
+    ids = checked_ids(ids)
     change = _Change(directory)
     known = [] if replace else change.known(ids)
     if known:
@@ -107,7 +113,11 @@ def add_documents(
 
 
 def known_documents(directory: str | Path, ids: Sequence[str]) -> set[str]:
-    """Those of the ids that an index holds, deleted ones left out."""
+    """Those of the ids that an index holds, deleted ones left out.
+
+    Raises:
+        DataError: an id is no string.
+    """
     return set(_Change(Path(directory)).known(ids))
 
 
@@ -134,7 +144,9 @@ def commit_change(
         delta: the shard, whose documents are not among those that stay.
 
     Raises:
-        IndexFormatError: the index was changed meanwhile.
+        DataError: an id is no string.
+        IndexFormatError: the index was changed meanwhile. The change's files stay: whoever made the same
+            change under the same name needs them.
     """
     change = _Change(Path(directory), name)
     change.delete(deleted)
@@ -205,11 +217,12 @@ class _Change:
         self.directory = directory
         self.codec = Codec.load(directory / "codec")
         generation = current_generation(directory, self.codec)
-        self.shards = open_shards(directory, self.codec)
+        self.shards = open_shards(directory, self.codec, generation=generation)
         self.generation = with_counts(generation, self.shards)
         self.number = generation.number + 1
         # Two changes may begin at the same generation; only one will end it, each has files of its own.
         self.name = f"{self.number:05d}-{name or secrets.token_hex(4)}"
+        self._own_files = not name
         self._deleted: dict[int, NDArray[np.bool_]] = {}
 
     def known(self, ids: Sequence[str]) -> list[str]:
@@ -222,7 +235,7 @@ class _Change:
 
     def delete(self, ids: Sequence[str]) -> int:
         """Marks documents as deleted; returns how many."""
-        names = list(dict.fromkeys(ids))
+        names = list(dict.fromkeys(checked_ids(ids)))
         count = 0
         for number, shard in enumerate(self.shards):
             place = shard.find(names)
@@ -236,10 +249,10 @@ class _Change:
         return count
 
     def commit(self, *added: ShardEntry) -> Generation:
-        """Makes the change visible, or removes its files; returns the new generation.
+        """Makes the change visible; returns the new generation.
 
         Raises:
-            IndexFormatError: the index was changed meanwhile.
+            IndexFormatError: the index was changed meanwhile; no file is left that only this change has.
         """
         entries = list(self.generation.shards)
         folder = self.directory / "tombstones" / self.name
@@ -250,8 +263,9 @@ class _Change:
         try:
             write_generation(self.directory, generation)
         except IndexFormatError:
-            for path in (folder, *(self.directory / entry.path for entry in added)):
-                shutil.rmtree(path, ignore_errors=True)
+            if self._own_files:  # under a given name they may be those of the change that was made
+                for path in (folder, *(self.directory / entry.path for entry in added)):
+                    shutil.rmtree(path, ignore_errors=True)
             raise
         return generation
 

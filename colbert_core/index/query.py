@@ -54,15 +54,18 @@ def prepare_query(codec: Codec, vectors: ArrayLike, position: int = 0) -> Query:
         position: the query's number in its batch, for messages.
 
     Raises:
-        DimensionError: it is no matrix, or has another dimension than the index.
+        DimensionError: it is no matrix of numbers, or has another dimension than the index.
         SearchError: it has no tokens.
         NonFiniteError: it holds a NaN or an infinity.
     """
-    array = np.ascontiguousarray(vectors, dtype=np.float32)
-    if array.ndim != 2 or (array.size and array.shape[1] != codec.dim):
-        raise DimensionError(f"query {position} is {list(array.shape)}; the index has [length, {codec.dim}]")
-    if len(array) == 0:
+    try:
+        array = np.ascontiguousarray(vectors, dtype=np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DimensionError(f"query {position} is no matrix of numbers: {error}") from None
+    if array.ndim == 2 and len(array) == 0:
         raise SearchError(f"query {position} has no token vectors")
+    if array.ndim != 2 or array.shape[1] != codec.dim:
+        raise DimensionError(f"query {position} is {list(array.shape)}; the index has [length, {codec.dim}]")
     if not np.isfinite(array).all():
         raise NonFiniteError(f"query {position} holds a NaN or an infinity")
     length = len(array)
@@ -164,7 +167,8 @@ def gather_gains(best: NDArray[np.float32], scales: NDArray[np.float32]) -> NDAr
     """Gains of the probed centroids, as integers that can be summed in any order.
 
     A document without a token in the probed centroids scores at most what the last of them does, so a
-    gain is the difference to that one.
+    gain is the difference to that one. A single probe differs from no other: its gain is its score, or 0
+    where that is negative.
 
     Args:
         best: float32 ``[length, P]``, descending.
@@ -173,7 +177,8 @@ def gather_gains(best: NDArray[np.float32], scales: NDArray[np.float32]) -> NDAr
     Returns:
         int32 ``[length, P]``, at least 0.
     """
-    above = (best - best[:, -1:]) * scales[:, None]
+    differences = best - best[:, -1:] if best.shape[1] > 1 else np.maximum(best, 0)
+    above = differences * scales[:, None]
     largest = above.max()
     unit = _GATHER_RANGE / (np.float32(len(best)) * largest) if largest > 0 else np.float32(0)
     return np.rint(above * unit).astype(np.int32)

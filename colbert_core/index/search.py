@@ -22,7 +22,7 @@ from colbert_core.config import SearchConfig
 from colbert_core.errors import IndexFormatError, SearchError
 from colbert_core.index.codec import Codec
 from colbert_core.index.engine import CpuEngine, Engine, run_here
-from colbert_core.index.filters import Filter, eligible_documents
+from colbert_core.index.filters import Filter, checked_filter, eligible_documents
 from colbert_core.index.merge import (
     UNREACHED,
     Hit,
@@ -34,7 +34,7 @@ from colbert_core.index.merge import (
 )
 from colbert_core.index.metadata import take_rows
 from colbert_core.index.query import Query, Run, prepare_query
-from colbert_core.index.shard import Shard
+from colbert_core.index.shard import Shard, checked_ids
 from colbert_core.index.stages import Candidates, Limits, Scope
 from colbert_core.index.workers import Workers
 
@@ -112,7 +112,7 @@ class Searcher:
 
         Raises:
             SearchError: k is below 1, a query has no tokens, or the filter cannot be applied.
-            DimensionError: a query has another dimension than the index.
+            DimensionError: a query is no matrix of numbers, or has another dimension than the index.
             NonFiniteError: a query holds a NaN or an infinity.
         """
         prepared = self._prepared(queries, k)
@@ -166,6 +166,7 @@ class Searcher:
 
         Raises:
             SearchError: an id is unknown or deleted; the message names it.
+            DataError: an id is no string.
         """
         scores = self.score_known(query, ids)
         for name in ids:
@@ -176,7 +177,7 @@ class Searcher:
     def score_known(self, query: ArrayLike, ids: Sequence[str]) -> dict[str, float]:
         """Scores of those of the given documents that these shards hold, by id."""
         (prepared,) = self._prepared([query], 1)
-        names = list(dict.fromkeys(ids))
+        names = list(dict.fromkeys(checked_ids(ids)))
         places = [self._live(shard, shard.find(names)) for shard in self.shards]
         documents = [place[place >= 0].astype(np.int32) for place in places]
 
@@ -201,7 +202,7 @@ class Searcher:
             ids: external ids.
             columns: which columns, as far as a shard has them; all if None.
         """
-        names = list(dict.fromkeys(ids))
+        names = list(dict.fromkeys(checked_ids(ids)))
         records: dict[str, dict[str, Any]] = {}
         for shard in self.shards:
             if shard.metadata is None:
@@ -358,7 +359,8 @@ class Searcher:
         return [prepare_query(self.codec, query, position) for position, query in enumerate(queries)]
 
     def _scope(self, condition: Filter | None) -> Scope:
-        masks = [eligible_documents(shard, condition) for shard in self.shards]
+        checked = checked_filter(condition)
+        masks = [eligible_documents(shard, checked) for shard in self.shards]
         return Scope(masks, sum(int(np.count_nonzero(mask)) for mask in masks))
 
     @staticmethod

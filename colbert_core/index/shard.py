@@ -7,7 +7,7 @@ rewritten; deletions are bitmaps beside it (:mod:`colbert_core.index.directory`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from colbert_core.config import FrozenModel
-from colbert_core.errors import IndexFormatError
+from colbert_core.errors import DataError, IndexFormatError
 from colbert_core.index.codec import Codec, EncodedTokens
 from colbert_core.index.sealed_json import read_sealed, seal
 from colbert_core.tensor_files import file_sha256
@@ -78,6 +78,25 @@ def array_layout(
         "id_offsets": ("<i8", (documents + 1,)),
         "tie_breaks": ("<u4", (documents,)),
     }
+
+
+def checked_ids(ids: Iterable[str]) -> list[str]:
+    """External ids as a list.
+
+    Raises:
+        DataError: they are one string, no collection, or one of them is no string.
+    """
+    if isinstance(ids, (str, bytes)):  # its letters would be taken for ids
+        raise DataError(f"ids are a collection of strings, not the string {ids!r}")
+    try:
+        items = iter(ids)
+    except TypeError:
+        raise DataError(f"ids are a collection of strings, not {ids!r}") from None
+    names = list(items)
+    for position, name in enumerate(names):
+        if not isinstance(name, str):
+            raise DataError(f"id {position} is {name!r}, not a string")
+    return names
 
 
 class Shard:
@@ -194,8 +213,12 @@ class Shard:
         return pa.LargeStringArray.from_buffers(len(self), offsets, text)
 
     def find(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Document numbers ``[n]`` of external ids; −1 where the shard holds none, deleted or not."""
-        names = [name.encode("utf-8", "surrogatepass") for name in ids]
+        """Document numbers ``[n]`` of external ids; −1 where the shard holds none, deleted or not.
+
+        Raises:
+            DataError: see :func:`checked_ids`.
+        """
+        names = [name.encode("utf-8", "surrogatepass") for name in checked_ids(ids)]
         if len(names) > 64 and len(names) * 32 > len(self):
             # One hash table of all ids costs less than so many binary searches.
             there = self.id_array.cast(pa.large_binary())

@@ -112,8 +112,9 @@ class ShardWriter:
         counts = _checked_lengths(ids, lengths)
         if vectors.ndim != 2 or len(vectors) != counts.sum():
             raise DimensionError(f"lengths add up to {counts.sum()}, the vectors are {list(vectors.shape)}")
+        tokens = self.codec.encode(vectors)  # first: what it refuses must leave no documents behind
         self._add_documents(ids, counts, metadata)
-        self._append(self.codec.encode(vectors))
+        self._append(tokens)
 
     def add_encoded(
         self,

@@ -25,7 +25,7 @@ _SMALLEST_INT8_ROWS = 17  # torch._int_mm takes no fewer on CUDA
 
 @dataclass(frozen=True)
 class _DeviceShard:
-    """A shard's arrays on the device; codes and documents as int64, which torch indexes with."""
+    """A shard's arrays on the device; codes and postings as int32, tie-breaks as int64."""
 
     offsets: Tensor
     codes: Tensor

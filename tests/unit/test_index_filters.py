@@ -33,8 +33,11 @@ def numbers(hits: list) -> list[int]:
 
 def test_only_listed_ids_are_found(searcher: Searcher) -> None:
     allowed = set(CORPUS.ids[::40])
-    for kind in (allowed, list(allowed), frozenset(allowed), dict.fromkeys(allowed)):
-        for hits in searcher.search(QUERIES[:10], 20, TIGHT, kind):
+    expected = searcher.search(QUERIES[:10], 20, TIGHT, allowed)
+    for kind in (list(allowed), frozenset(allowed), dict.fromkeys(allowed), iter(allowed)):
+        found = searcher.search(QUERIES[:10], 20, TIGHT, kind)
+        assert found == expected
+        for hits in found:
             assert len(hits) == 20
             assert {hit.id for hit in hits} <= allowed
     some = [CORPUS.ids[3], "unknown", CORPUS.ids[4]]
@@ -87,6 +90,10 @@ def test_a_filtered_score_is_the_unfiltered_one(searcher: Searcher) -> None:
         (pc.field("number") == "three", "number"),
         (pc.field("number") + 1, "not true or false"),
         ("文書-1", "not the string"),
+        (b"a", "not the string"),
+        (7, "a filter is .*, not 7"),
+        ([CORPUS.ids[0], 7], "a filter is .*id 1 is 7, not a string"),
+        ([None], "a filter is .*id 0 is None"),
     ],
 )
 def test_filters_that_make_no_sense_are_refused(searcher: Searcher, condition: object, message: str) -> None:

@@ -15,7 +15,7 @@ from colbert_core.index.kernels import quantize_rows, rotate_rows
 from colbert_core.index.merge import could_be_shown, could_survive, threshold
 from colbert_core.index.merge_kernels import best_of_prefixes, not_outranked
 from colbert_core.index.quantizer import unpack_levels
-from colbert_core.index.query import Query, prepare_query
+from colbert_core.index.query import Query, gather_gains, prepare_query
 from colbert_core.index.shard_writer import id_hash
 from colbert_core.index.torch_engine import TorchEngine
 from tests.clustered_vectors import make_corpus, make_queries, train_codec
@@ -166,6 +166,21 @@ def test_gains_measure_what_a_probe_adds_over_none(make: Callable[..., Engine], 
     unit = gains.max() / true.max()
     np.testing.assert_allclose(gains, true * unit, atol=1)
     assert 1 << 15 < gains.max() <= 1 << 20
+
+
+@engines
+def test_a_single_probe_gains_its_score(make: Callable[..., Engine], shard: Shard) -> None:
+    query = prepare_query(shard.codec, LONG)
+    tables = make(shard.codec, [shard]).tables(query, 1, run_here)
+    scores = np.asarray(tables.scores).T[: query.length]
+    true = np.maximum(np.take_along_axis(scores, np.asarray(tables.probes), axis=1), 0)
+    true *= query.scales[: query.length, None]
+    gains = np.asarray(tables.gains)
+    np.testing.assert_allclose(gains, true * (gains.max() / true.max()), atol=1)
+    assert 1 << 10 < gains.max() <= 1 << 20
+    # A centroid at more than a right angle to the token is no gain.
+    least, half, most = gather_gains(np.array([[-9], [2], [4]], np.float32), np.ones(3, np.float32))[:, 0]
+    assert least == 0 and most == pytest.approx(2 * half, abs=1)
 
 
 @engines

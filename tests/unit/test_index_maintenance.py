@@ -6,8 +6,10 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,21 @@ from colbert_core.errors import DataError, DimensionError, IndexFormatError, Non
 from colbert_core.index import (
     Codec,
     add_documents,
+    commit_change,
     compact_index,
     delete_documents,
+    known_documents,
     maintenance,
     measure_drift,
     open_index,
     write_shard,
+)
+from colbert_core.index.directory import (
+    ShardEntry,
+    current_generation,
+    open_shards,
+    with_counts,
+    write_generation,
 )
 from tests.clustered_vectors import Corpus, build, make_corpus, make_queries, train_codec, unit
 from tests.processes import begun
@@ -123,6 +134,25 @@ def test_unfit_additions_change_nothing(directory: Path) -> None:
     assert tree(directory) == before
 
 
+@pytest.mark.parametrize("ids", ["文書-1", "ab", [1, 2], ["a", None], [["a"], ["b"]], 7])
+def test_ids_are_a_list_of_strings(directory: Path, ids: Any) -> None:
+    before, part = tree(directory), ADDED.part([0, 1])
+
+    def add_to_it(replace: bool) -> None:
+        add_documents(directory, ids, part.vectors, part.lengths, part.metadata, replace=replace)
+
+    for change in (
+        lambda: delete_documents(directory, ids),
+        lambda: known_documents(directory, ids),
+        lambda: commit_change(directory, "a", deleted=ids),
+        lambda: add_to_it(False),
+        lambda: add_to_it(True),
+    ):
+        with pytest.raises(DataError, match="string"):
+            change()
+    assert tree(directory) == before
+
+
 @pytest.mark.parametrize("shards", [1, 2, 3, None])
 def test_compaction_is_a_fresh_build(directory: Path, tmp_path: Path, shards: int | None) -> None:
     add(directory, ADDED)
@@ -142,26 +172,75 @@ def test_compaction_is_a_fresh_build(directory: Path, tmp_path: Path, shards: in
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compact", "fresh", "i"]
 
 
+def overtake(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, other: Callable[[], object]) -> None:
+    """Another change is made just before the next call of a function."""
+    function = getattr(owner, name)
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(owner, name, function)
+        other()
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, overtaken)
+
+
 def test_a_change_on_a_stale_view_fails_and_leaves_nothing(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between reading and committing of one change, another one commits."""
-    commit = maintenance._Change.commit
 
-    def overtaken(change: maintenance._Change, *added: object) -> None:
-        monkeypatch.setattr(maintenance._Change, "commit", commit)
+    def other() -> None:
         delete_documents(directory, BUILT.ids[5:10])
-        commit(change, *added)  # type: ignore[arg-type]
 
     for attempt in (lambda: add(directory, ADDED), lambda: delete_documents(directory, BUILT.ids[:5])):
         shutil.rmtree(directory / "generations", ignore_errors=True)
         shutil.rmtree(directory / "tombstones", ignore_errors=True)
-        monkeypatch.setattr(maintenance._Change, "commit", overtaken)
+        overtake(monkeypatch, maintenance._Change, "commit", other)
         with pytest.raises(IndexFormatError, match="changed at the same time"):
             attempt()
         assert ids_of(directory) == {*BUILT.ids[:5], *BUILT.ids[10:]}
         assert list((directory / "deltas").glob("*")) == []
         assert len(list((directory / "tombstones").iterdir())) == 1
+
+
+def test_a_change_that_is_overtaken_while_it_opens_the_shards_fails(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other change adds a shard, which the generation that was read does not have."""
+    overtake(monkeypatch, maintenance, "open_shards", lambda: add(directory, ADDED))
+    with pytest.raises(IndexFormatError, match="changed at the same time"):
+        delete_documents(directory, BUILT.ids[:5])
+    assert ids_of(directory) == set(CORPUS.ids)
+
+
+def test_of_two_that_make_one_named_change_the_first_stays_whole(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = directory / "deltas" / "named"
+    write_shard(path, CODEC, ADDED.ids, ADDED.vectors, ADDED.lengths, ADDED.metadata)
+    delta = ShardEntry(path="deltas/named", documents=len(ADDED.ids))
+
+    def change() -> None:
+        commit_change(directory, "named", deleted=BUILT.ids[:5], delta=delta)
+
+    overtake(monkeypatch, maintenance._Change, "commit", change)
+    with pytest.raises(IndexFormatError, match="changed at the same time"):
+        change()
+    assert ids_of(directory) == {*BUILT.ids[5:], *ADDED.ids}
+
+
+def test_generations_go_by_their_numbers(directory: Path) -> None:
+    generation = with_counts(current_generation(directory, CODEC), open_shards(directory, CODEC))
+    write_generation(directory, generation.model_copy(update={"number": 99_999}))
+    for number in range(3):
+        assert delete_documents(directory, BUILT.ids[number : number + 1]) == 1
+    assert current_generation(directory, CODEC).number == 100_002
+    assert ids_of(directory) == set(BUILT.ids[3:])
+
+
+def test_what_a_killed_writer_left_is_no_shard(directory: Path) -> None:
+    shutil.copytree(directory / "shards" / "00000", directory / "shards" / ".00000-123")
+    assert [shard.directory.name for shard in open_index(directory).shards] == ["00000", "00001"]
 
 
 def test_damaged_generations_and_tombstones_are_refused(directory: Path) -> None:

@@ -6,15 +6,17 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
 
 from colbert_core.config import SearchConfig
-from colbert_core.errors import DimensionError, IndexFormatError, NonFiniteError, SearchError
+from colbert_core.errors import DataError, DimensionError, IndexFormatError, NonFiniteError, SearchError
 from colbert_core.index import (
     Codec,
     Filter,
@@ -262,6 +264,21 @@ def test_requests_that_make_no_sense_are_refused(whole: Searcher) -> None:
         with pytest.raises(NonFiniteError):
             whole.score_documents(broken, CORPUS.ids[:2])
     assert whole.search([], 5) == []
+
+
+@pytest.mark.parametrize(
+    "query", [np.zeros((3, 0)), [[1.0, 2.0], [3.0]], [["a"] * 32], [[10**400]], object()]
+)
+def test_what_is_no_matrix_of_numbers_is_no_query(whole: Searcher, query: Any) -> None:
+    with pytest.raises(DimensionError, match="query 1 is"):
+        whole.search([QUERIES[0], query], 5)
+
+
+@pytest.mark.parametrize("ids", ["文書", [3], [CORPUS.ids[0], None], [[]], 7])
+def test_documents_are_asked_for_by_a_list_of_strings(whole: Searcher, ids: Any) -> None:
+    for ask in (whole.records, partial(whole.score_known, QUERIES[0]), whole.shards[0].find):
+        with pytest.raises(DataError, match="string"):
+            ask(ids)
 
 
 def test_queries_need_no_unit_length(whole: Searcher) -> None:

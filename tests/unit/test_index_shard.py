@@ -157,6 +157,20 @@ def test_unfit_documents_are_refused_and_leave_nothing(tmp_path: Path) -> None:
         write()
 
 
+def test_a_writer_goes_on_after_refused_vectors(tmp_path: Path) -> None:
+    first, second, both = CORPUS.part([0, 1]), CORPUS.part([2, 3]), CORPUS.part(range(4))
+    with ShardWriter(tmp_path / "s", CODEC) as writer:
+        writer.add(first.ids, first.vectors, first.lengths, first.metadata)
+        for vectors in (second.vectors * np.float32("nan"), second.vectors[:, :16]):
+            with pytest.raises((NonFiniteError, DimensionError)):
+                writer.add(second.ids, vectors, second.lengths, second.metadata)
+        assert (writer.documents, writer.tokens) == (2, len(first.vectors))
+        writer.add(second.ids, second.vectors, second.lengths, second.metadata)
+        writer.finish()
+    write_shard(tmp_path / "whole", CODEC, both.ids, both.vectors, both.lengths, both.metadata)
+    assert files_of(tmp_path / "s") == files_of(tmp_path / "whole")
+
+
 def test_metadata_columns_must_agree(tmp_path: Path) -> None:
     part = CORPUS.part([0, 1])
     other = part.metadata.select(["number"])

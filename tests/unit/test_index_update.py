@@ -21,7 +21,9 @@ from cluster.registry import Registry
 from colbert_core.config import SearchConfig
 from colbert_core.errors import ArtifactNotFound, ConfigError, DataError, PreconditionFailed, VersionExists
 from colbert_core.index import delete_documents, open_index
+from colbert_core.index.directory import current_generation, open_shards, with_counts, write_generation
 from jobs import compact_index, update_index
+from serving.shards import shard_paths
 from tests.clustered_vectors import build, make_corpus, make_queries, train_codec
 from tests.processes import begun
 from tests.tiny_data import data_recipe
@@ -141,6 +143,21 @@ def test_compaction_is_what_a_fresh_build_makes(recipe: Recipe, tmp_path: Path, 
     assert answers(recipe, compacted) == answers(recipe, changed)
     assert compact_index.run(recipe, shards=shards).skipped == [compacted]
     assert registry.resolve("indexes", "i@production") == manifest.ref
+
+
+def test_served_are_the_shards_of_the_generation_with_the_highest_number(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    directory = build(tmp_path / "old", CODEC, CORPUS, 2)
+    whole = with_counts(current_generation(directory, CODEC), open_shards(directory, CODEC))
+    for number, shards in ((99_999, whole.shards[:1]), (100_000, whole.shards)):
+        write_generation(directory, whole.model_copy(update={"number": number, "shards": shards}))
+    # A change that is killed leaves its generation under a name that does not count.
+    (directory / "generations" / ".100001.json-123").write_text("{", encoding="utf-8")
+    ref = ArtifactRef("indexes", "i", "old")
+    registry = Registry.open(recipe.storage)
+    registry.publish(ref, directory, parents=[Parent(MODEL)])
+    assert shard_paths(registry, ref) == ["shards/00000", "shards/00001"]
 
 
 def unknown_id(recipe: Recipe) -> tuple[dict[str, Any], type[Exception], str]:

@@ -183,6 +183,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         maxsim_padded(torch.zeros(1, 2, 3), torch.zeros(1, 2, 2, 4), torch.ones(1, 2, 2).bool())
     with pytest.raises(DimensionError, match="lengths add up to 3"):
         RaggedVectors(torch.zeros(2, 4), torch.tensor([1, 2]))
+    with pytest.raises(DimensionError, match="text 1 has -1 vectors"):
+        RaggedVectors(torch.zeros(2, 4), torch.tensor([3, -1]))
 
 
 def test_ragged_vectors_give_back_each_text() -> None:
