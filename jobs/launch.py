@@ -25,6 +25,8 @@ from colbert_core.errors import ConfigError, RaycolbertError
 
 PACKAGES = ("colbert_core", "cluster", "jobs", "serving")
 POLL_SECONDS = 1.0
+# What Ray takes for the address of a cluster, whatever address it is given.
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 PATIENCE = 60  # polls in a row without an answer, after which a submitted job is no longer followed
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
@@ -113,8 +115,15 @@ def _submit(
 ) -> int:
     """Submits ``python -m jobs.<job>`` with this code and recipe, follows its log, returns its status."""
     import requests
+    from ray.exceptions import RayError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    unanswered = (requests.RequestException, ConnectionError, RuntimeError, RayError)
+    for variable in ADDRESS_VARIABLES:
+        if (set_to := os.environ.get(variable)) and set_to != address:
+            raise ConfigError(
+                f"--address {address}: {variable} is {set_to}, which Ray would submit to instead; unset it"
+            )
     if (report := extras.get("report")) is not None and not Path(report).is_absolute():
         raise ConfigError(
             f"--report {report}: relative; the job writes it on the cluster, so give an absolute path"
@@ -122,8 +131,10 @@ def _submit(
 
     try:
         client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise ConfigError(f"--address {address}: no Ray dashboard answers there: {error}") from None
+    except unanswered as error:
+        raise ConfigError(
+            f"--address {address}: no Ray dashboard there takes jobs from here: {_reason(error)}"
+        ) from None
     command = ["python", "-m", f"jobs.{job}", "recipe.yaml"]
     for override in overrides:
         command += ["--set", override]
@@ -137,18 +148,21 @@ def _submit(
         for package in PACKAGES:
             source = Path(str(import_module(package).__file__)).parent
             shutil.copytree(source, root / package, ignore=shutil.ignore_patterns("__pycache__"))
-        submission = client.submit_job(
-            entrypoint=shlex.join(command),
-            runtime_env={"working_dir": str(root), "env_vars": {"PYTHONUNBUFFERED": "1"}},
-            metadata={"job": job, "recipe": recipe_path.name},
-        )
-    console.print(f"submitted {submission} to {address}: {shlex.join(command)}")
+        try:
+            submission = client.submit_job(
+                entrypoint=shlex.join(command),
+                runtime_env={"working_dir": str(root), "env_vars": {"PYTHONUNBUFFERED": "1"}},
+                metadata={"job": job, "recipe": recipe_path.name},
+            )
+        except unanswered as error:
+            raise RaycolbertError(f"{address}: the job was not taken: {_reason(error)}") from None
+    console.print(f"submitted {submission} to {address}: {shlex.join(command)}", markup=False)
     shown, lost = 0, 0
     while True:
         try:
             status = client.get_job_status(submission)
             log = client.get_job_logs(submission)
-        except (requests.RequestException, RuntimeError) as error:
+        except unanswered as error:
             lost += 1
             if lost == PATIENCE:
                 raise RaycolbertError(
@@ -168,3 +182,8 @@ def _submit(
         errors.print(f"[bold red]job {submission} {status}[/]")
         return client.get_job_info(submission).driver_exit_code or 1
     return os.EX_OK
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what Ray says: more follows on how to set up clusters of every kind."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -25,12 +25,12 @@ from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.report import Report, memory_of_session_mb
 from colbert_core.allocator import release_freed_memory
-from colbert_core.errors import RaycolbertError
+from colbert_core.errors import ConfigError, RaycolbertError
 from jobs import average, evaluate, index, mine_negatives, score_teacher, train
 from jobs.html_report import write_report
 from jobs.launch import main
 from jobs.serve import serving_session
-from serving.args import api_keys
+from serving.args import api_keys, recipe_args
 
 PRODUCTION = "production"
 MEMORY_SAMPLE_SECONDS = 2.0
@@ -38,7 +38,7 @@ MEMORY_SAMPLE_SHARE = 0.02  # of a core, at most: reading the pages of a dozen l
 REQUEST_TIMEOUT_SECONDS = 60.0
 ANSWERS = 3
 
-console = Console()
+console = Console(stderr=True)  # the report alone goes to standard output, where --json is read
 
 
 def run(recipe: Recipe, report: Path | None = None) -> Report:
@@ -71,10 +71,10 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
             try:
                 with whole.timed("serve"):
                     whole.details["answers"] = _ask(recipe)
+                _print_answers(whole.details["answers"])
             except BaseException:
                 _write(whole, report)  # what hours have made is told even if the last minute fails
                 raise
-            _print_answers(whole.details["answers"])
     _write(whole, report)
     return whole
 
@@ -83,10 +83,15 @@ def _check(recipe: Recipe) -> None:
     """Refuses before any stage what the last ones would look for in vain.
 
     Raises:
-        ConfigError: a model is 'averaged', but nothing is averaged; or the service's keys are not set.
+        ConfigError: a model is 'averaged', but nothing is averaged; or the service could not start: its keys
+            are not set, it names no index, or it has more groups than the recipe's index has shards.
     """
     if recipe.serve is not None and recipe.serve.questions:
         api_keys(recipe.serve)
+        recipe_args(recipe)
+        shards = recipe.index.shards if recipe.index and recipe.serve.index is None else None
+        if shards is not None and recipe.serve.groups > shards:
+            raise ConfigError(f"serve.groups: {recipe.serve.groups}, but index.shards is {shards}")
     systems = recipe.evaluate.systems.values() if recipe.evaluate else ()
     for spec in [recipe.index.model if recipe.index else None, *(system.model for system in systems)]:
         if spec is not None and "@" not in spec:
@@ -182,11 +187,10 @@ def _ask(recipe: Recipe) -> list[dict[str, Any]]:
 
 def _print_answers(answers: list[dict[str, Any]]) -> None:
     for answer in answers:
-        console.print(f"\n[bold]{answer['question']}[/]")
+        console.print(f"\n{answer['question']}", style="bold", markup=False)
         for rank, hit in enumerate(answer["hits"], start=1):
-            console.print(
-                f"  {rank}. {hit['score']:6.2f}  {hit['id']}  {hit.get('text') or ''}", highlight=False
-            )
+            text = f"  {rank}. {hit['score']:6.2f}  {hit['id']}  {hit.get('text') or ''}"
+            console.print(text, highlight=False, markup=False)
 
 
 @contextmanager

@@ -38,6 +38,8 @@ from jobs.registry_tables import (
     version_tables,
 )
 
+MOST_DAYS = 36_500  # a hundred years: beyond what dates can tell, an age is a mistake
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 errors = Console(stderr=True)
 
@@ -229,8 +231,10 @@ def lineage(
 
 @app.command("gc")
 def gc(
-    days: Annotated[float, typer.Option(min=0, help="keep versions younger than this")] = 30.0,
-    staging_days: Annotated[float, typer.Option(min=0, help="keep unfinished work younger than this")] = 2.0,
+    days: Annotated[float, typer.Option(min=0, max=MOST_DAYS, help="keep versions younger than this")] = 30.0,
+    staging_days: Annotated[
+        float, typer.Option(min=0, max=MOST_DAYS, help="keep unfinished work younger than this")
+    ] = 2.0,
     delete: Annotated[bool, typer.Option("--delete", help="remove; without it, only look")] = False,
     recipe: RecipeOption = None,
     root: RootOption = None,

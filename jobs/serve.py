@@ -24,7 +24,7 @@ from serving.args import recipe_args
 # How often a blocked job looks whether somebody else took the service down.
 WATCH_SECONDS = 5.0
 
-console = Console()
+console = Console(stderr=True)  # the report alone goes to standard output, where --json is read
 
 
 def run(recipe: Recipe, block: bool = True) -> Report:
@@ -68,9 +68,15 @@ def serving_session(recipe: Recipe) -> Iterator[str]:
         The base URL of a service that is ready.
 
     Raises:
-        ConfigError, ArtifactNotFound, NotReady: as :func:`serving.app.deploy`.
+        ConfigError: a service is deployed on this Ray already; it would be replaced, and deleted at the end.
+        ArtifactNotFound, NotReady, and again ConfigError: as :func:`serving.app.deploy`.
     """
     with ray_session(recipe):
+        if deployed():
+            raise ConfigError(
+                "a service is deployed on this Ray already, and would be taken down with this one; promote "
+                "its index's alias, or stop it first"
+            )
         started_here = not serve_runs()
         try:
             yield deploy(recipe)

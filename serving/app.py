@@ -116,7 +116,7 @@ def deploy(recipe: Recipe) -> str:
     if not serve_runs():
         port = _claim_port(host, port)
         serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=_LOGGING)
-    url = f"http://{'127.0.0.1' if host in ANY_ADDRESS else host}:{port}"
+    url = base_url(host, port)
     try:
         application = build(args.model_dump(mode="json"))
         serve.run(application, name=APP_NAME, route_prefix="/", logging_config=_LOGGING)
@@ -124,6 +124,13 @@ def deploy(recipe: Recipe) -> str:
         raise NotReady(f"Ray Serve could not deploy the service: {error}") from None
     _wait_until_ready(url)
     return url
+
+
+def base_url(host: str, port: int) -> str:
+    """Where a service that listens on this host and port is reached from its own machine."""
+    if host in ANY_ADDRESS:
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def undeploy(*, stop_serve: bool) -> None:

@@ -79,26 +79,28 @@ class MicroBatcher:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            batch = await self._next_batch()
-            if not batch:
-                continue
-            begin = perf_counter()
-            try:
-                vectors = await loop.run_in_executor(
-                    self._thread, batch[0].encode, [item.text for item in batch]
-                )
-            except Exception as error:
-                for item in batch:
-                    if not item.future.done():
-                        item.future.set_exception(error)
-                continue
-            if self._observe is not None:
-                self._observe(len(batch), perf_counter() - begin)
-            for item, result in zip(batch, vectors, strict=True):
+            # No name here holds a batch while the next one is waited for: it would keep its encoder's model.
+            await self._encode_batch(await self._next_batch())
+
+    async def _encode_batch(self, batch: list[_Waiting]) -> None:
+        if not batch:
+            return
+        begin = perf_counter()
+        try:
+            vectors = await asyncio.get_running_loop().run_in_executor(
+                self._thread, batch[0].encode, [item.text for item in batch]
+            )
+        except Exception as error:
+            for item in batch:
                 if not item.future.done():
-                    item.future.set_result(result)
+                    item.future.set_exception(error)
+            return
+        if self._observe is not None:
+            self._observe(len(batch), perf_counter() - begin)
+        for item, result in zip(batch, vectors, strict=True):
+            if not item.future.done():
+                item.future.set_result(result)
 
     async def _next_batch(self) -> list[_Waiting]:
         """The texts at the head of the queue that share an encoder; those given up are left out."""

@@ -67,7 +67,7 @@ def build_gateway(
     app = FastAPI(title="raycolbert", version="1", description=DESCRIPTION)
     page = files("serving").joinpath("search_page.html").read_text(encoding="utf-8")
     problems: dict[int | str, dict[str, Any]] = {
-        code: {"model": ErrorResponse} for code in (400, 401, 404, 413, 429, 503, 504)
+        code: {"model": ErrorResponse} for code in (400, 401, 404, 413, 429, 503, 504, "default")
     }
 
     @app.post("/v1/search", response_model=SearchResponse, responses=problems)
@@ -196,6 +196,8 @@ class Gatekeeper:
 
 def error_response(status: int, kind: str, message: str, headers: Any = None) -> JSONResponse:
     """An error in the one form that all errors have."""
+    # Half a surrogate pair, which JSON can carry and UTF-8 cannot, may stand in what the client sent.
+    message = message.encode("utf-8", "backslashreplace").decode("utf-8")
     body = ErrorResponse(error=ErrorDetail(type=kind, message=message))
     return JSONResponse(body.model_dump(), status, headers=headers)
 

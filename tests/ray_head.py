@@ -72,11 +72,13 @@ def ray_head(cpus: int = 2) -> Iterator[RayHead]:
     environment = {
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / ".ray" / "auth_token"),
         "PYTHONUNBUFFERED": "1",
         "COLUMNS": "200",
     }
     environment.pop("RAY_ADDRESS", None)
+    token = _new_token(folder)
     with (folder / "ray-start.log").open("wb") as log:
         process = subprocess.Popen(
             [
@@ -96,11 +98,12 @@ def ray_head(cpus: int = 2) -> Iterator[RayHead]:
             stderr=subprocess.STDOUT,
         )
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
+    headers = {"Authorization": f"Bearer {token}"}
     try:
         until = time.monotonic() + _START_SECONDS
         while True:
             try:
-                httpx.get(f"{address}/api/jobs/", timeout=5).raise_for_status()
+                httpx.get(f"{address}/api/jobs/", timeout=5, headers=headers).raise_for_status()
                 break
             except httpx.HTTPError:
                 output = (folder / "ray-start.log").read_text()
@@ -114,6 +117,14 @@ def ray_head(cpus: int = 2) -> Iterator[RayHead]:
         kill(alive)
         process.wait(STOP_SECONDS)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_token(home: Path) -> str:
+    """Makes the cluster's shared secret, as an operator does, in a home folder of its own."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [str(BIN / "ray"), "get-auth-token", "--generate"]
+    subprocess.run(command, env={**plain, "HOME": str(home)}, check=True, capture_output=True)
+    return (home / ".ray" / "auth_token").read_text(encoding="utf-8").strip()
 
 
 def _free_ports(count: int) -> list[int]:

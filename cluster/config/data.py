@@ -63,7 +63,7 @@ class Mining(ScorerProcesses):
         description="lay tuples that share documents next to each other, in groups of this size: "
         "a micro-batch of that size encodes each shared document once",
     )
-    seed: int = 42
+    seed: int = Field(42, ge=0)
 
 
 class Scoring(ScorerProcesses):

@@ -21,7 +21,7 @@ class Recipe(FrozenModel):
 
     schema_version: Literal[1] = 1
     name: Name
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     storage: StorageConfig
     ray: RayConfig = RayConfig()
     track: TrackConfig | None = None
@@ -90,12 +90,7 @@ class Recipe(FrozenModel):
         """Refuses now what a job would refuse only after the one before it has run for hours."""
         for name, tuple_set in self.data.tuples.items():
             for pool in tuple_set.mine.pools if tuple_set.mine else ():
-                kind = self.scorers[pool.scorer].kind
-                if kind in ("cross_encoder", "labels"):
-                    raise ValueError(
-                        f"data.tuples.{name}.mine.pools: {pool.scorer!r} is of kind {kind}, which scores "
-                        "pairs and cannot search a corpus"
-                    )
+                self._require_search(f"data.tuples.{name}.mine.pools", [pool.scorer])
         for position, phase in enumerate(self.train):
             for name in phase.data:
                 mined = self.data.tuples[name].mine
@@ -120,6 +115,34 @@ class Recipe(FrozenModel):
                 if count is not None and count > 1 and not every:
                     raise ValueError(f"{key}.{name}: {count}, but {says}")
         return self
+
+    @model_validator(mode="after")
+    def _systems_can_search(self) -> Recipe:
+        for name, system in self.evaluate.systems.items() if self.evaluate else ():
+            key = f"evaluate.systems.{name}"
+            self._require_search(key, [system.scorer] if system.scorer else [*(system.ensemble or ())])
+            if not system.index or self.index is None:
+                continue
+            assert system.model is not None and self.evaluate is not None  # both were checked
+            if "@" not in system.model + self.index.model and system.model != self.index.model:
+                raise ValueError(
+                    f"{key}: the recipe's index is of {self.index.model!r}, and cannot be searched with "
+                    f"{system.model!r}"
+                )
+            for source in self.evaluate.sources:
+                if source not in self.index.sources:
+                    raise ValueError(
+                        f"{key}: the recipe's index does not hold evaluate.sources' {source!r}; it holds: "
+                        f"{', '.join(self.index.sources)}"
+                    )
+        return self
+
+    def _require_search(self, key: str, scorers: Sequence[str]) -> None:
+        """Scores of several are combined over what those find that can search: one is enough."""
+        kinds = {name: self.scorers[name].kind for name in scorers}
+        if kinds and all(kind in ("cross_encoder", "labels") for kind in kinds.values()):
+            told = ", ".join(f"{name!r} is of kind {kind}" for name, kind in kinds.items())
+            raise ValueError(f"{key}: {told}, which scores pairs and cannot search a corpus")
 
     @model_validator(mode="after")
     def _variants_are_recipes(self) -> Recipe:

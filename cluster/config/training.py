@@ -72,7 +72,7 @@ class TrainPhase(FrozenModel):
     steps: int = Field(ge=1, description="global optimiser steps")
     queries_per_step: int = Field(64, ge=1, description="queries of a global step, over all workers")
     micro_batch: int = Field(16, ge=1, description="queries of a unit: what one worker runs at once")
-    seed: int = 12345
+    seed: int = Field(12345, ge=0)
     dropout: float | None = Field(None, ge=0, lt=1, description="overrides the backbone's dropout")
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()

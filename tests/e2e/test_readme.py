@@ -54,7 +54,10 @@ ELSEWHERE = {
     "make quickstart": "the pipeline below is its only command",
     "make test": "this is it",
     "make bench": "benchmarks are programs of their own",
+    "ray get-auth-token --generate": "tests/integration/test_job_submit.py",
     "ray up ray_cluster.yaml": "tests/unit/test_ray_cluster_yaml.py: needs a cloud account",
+    "ray dashboard ray_cluster.yaml": "as ray up",
+    "export RAY_AUTH_MODE=token": "tests/integration/test_job_submit.py",
     "ray job submit": "tests/integration/test_job_submit.py",
 }
 

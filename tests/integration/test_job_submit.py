@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,25 @@ def test_the_cli_submits_follows_the_log_and_shows_the_report(cluster: RayHead, 
     assert "submitted" in done.stdout and "models_averaged" in done.stdout
     parents = stored_reports(workspace)[-1]["details"]["parents"]
     assert parents == {"models/tiny@one": 0.75, "models/tiny@two": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("RAY_AUTH_MODE", "disabled", "no Ray dashboard there takes jobs from here"),
+        ("RAY_ADDRESS", "http://127.0.0.1:1", "RAY_ADDRESS is http://127.0.0.1:1, which Ray would submit to"),
+    ],
+)
+def test_a_cluster_that_takes_no_job_from_here_is_one_line(
+    cluster: RayHead, workspace: Path, variable: str, value: str, message: str
+) -> None:
+    stranger = replace(cluster, environment={**cluster.environment, variable: value})
+    done = stranger.run(
+        *(str(BIN / "raycolbert"), "average", "recipe.yaml", "--address", cluster.address), cwd=workspace
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_failing_recipe_fails_the_command_with_one_line_and_the_jobs_status(

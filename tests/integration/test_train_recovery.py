@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from tests.local_ray import local_ray
 from tests.tiny_training import furthest, publish_inputs, published_weights, training_recipe
 
 STEPS = 80
+# Saved every fifth of a second, at whatever step that is.
+OFTEN = {"every_steps": 10 * STEPS, "every_minutes": 0.2 / 60, "keep_last": 9}
 # Four units a step: with two workers they are summed in another order than with one.
 PHASE: dict[str, Any] = {
     "steps": STEPS,
@@ -75,8 +78,7 @@ def fresh(undisturbed: Finished, root: Path, **more: Any) -> tuple[Recipe, Regis
 def test_a_killed_driver_is_continued_by_name_and_no_second_run_is_let_in(
     undisturbed: Finished, address: str, tmp_path: Path
 ) -> None:
-    # Saved every fifth of a second, at whatever step that is, and killed after some of these saves.
-    phase = {**PHASE, "checkpoint": {"every_steps": 10 * STEPS, "every_minutes": 0.2 / 60, "keep_last": 9}}
+    phase = {**PHASE, "checkpoint": OFTEN}  # killed after some of these saves
     some = random.SystemRandom().randint(1, 3)
     recipe, registry = fresh(undisturbed, tmp_path, **phase)
     checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
@@ -106,6 +108,32 @@ def test_a_killed_driver_is_continued_by_name_and_no_second_run_is_let_in(
     assert [record.loss for record in result.records] == [record.loss for record in expected]
     found = published_weights(registry, result.ref)
     assert furthest(found, published_weights(undisturbed.registry, undisturbed.result.ref)) == 0.0
+
+
+def test_a_run_that_another_process_took_over_ends_and_leaves_that_one_alone(
+    undisturbed: Finished, tmp_path: Path
+) -> None:
+    recipe, registry = fresh(undisturbed, tmp_path, checkpoint=OFTEN)
+    checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
+    lease, other = f"{checkpoints.prefix}lease.json", b'{"holder": "another"}'
+    seen: list[int] = []
+
+    def take_over() -> None:
+        while not checkpoints.steps():
+            time.sleep(0.02)
+        registry.store.put(lease, other)
+        seen.extend(checkpoints.steps())
+
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(take_over)
+        with pytest.raises(TrainingError, match=rf"{lease}: another process took this run over"):
+            train_phase(recipe, "p", registry, heartbeat_s=0.5)
+        taken.result()
+    # One that was on its way when it looked may have become visible.
+    assert seen and len(checkpoints.steps()) <= len(seen) + 1
+    assert checkpoints.steps()[-1] < STEPS
+    assert not registry.exists(undisturbed.result.ref)
+    assert registry.store.get(lease) == other
 
 
 def test_two_workers_continue_what_one_began(undisturbed: Finished, tmp_path: Path) -> None:

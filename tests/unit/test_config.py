@@ -88,6 +88,10 @@ def test_every_unknown_key_is_named_at_once() -> None:
         ("data.sources", {"../x": FILES}, "String should match pattern"),
         ("average.inputs.0.step", "first", "average.inputs.0.step"),
         ("index.codec.residual_bits", 3, "index.codec.residual_bits: Input should be 2, 4 or 8"),
+        ("seed", -1, "seed: Input should be greater than or equal to 0"),
+        ("train.0.seed", -1, "train.0.seed: Input should be greater than or equal to 0"),
+        ("index.codec.seed", -1, "index.codec.seed: Input should be greater than or equal to 0"),
+        ("data.tuples.mined.mine.seed", -1, "mine.seed: Input should be greater than or equal to 0"),
     ],
 )
 def test_a_wrong_type_or_value_is_named_with_its_key(key: str, value: Any, message: str) -> None:
@@ -290,6 +294,14 @@ def test_a_name_that_stands_for_nothing_is_named_with_those_there_are(
         ("evaluate.gate", {"source": "test", "metric": "R@101"}, "too few for R@101"),
         ("evaluate.systems.start", {"scorer": "bm25", "index": True}, "'index' goes with 'model'"),
         ("evaluate.systems.start", {"ensemble": {"bm25": 0}}, "greater than 0"),
+        ("evaluate.systems.start", {"scorer": "teacher"}, "'teacher' is of kind cross_encoder, which scores"),
+        ("evaluate.systems.start", {"ensemble": {"teacher": 1}}, "evaluate.systems.start: 'teacher' is of"),
+        ("evaluate.systems.start", {"model": "pre", "index": True}, "the recipe's index is of 'averaged'"),
+        (
+            "evaluate",
+            {"sources": ["test", "train"], "systems": {"it": {"model": "averaged", "index": True}}},
+            "evaluate.systems.it: the recipe's index does not hold evaluate.sources' 'train'; it holds: test",
+        ),
     ],
 )
 def test_what_would_fail_after_hours_is_refused_at_once(key: str, value: Any, message: str) -> None:

@@ -78,6 +78,7 @@ def test_an_override_of_a_place_that_is_not_there_is_refused(tmp_path: Path, ove
         ("train.0.steps", "expected key=value"),
         ("=3", "expected key=value"),
         ("name=[", "--set name: the value is not YAML"),
+        ("data.edition=2026-02-30", "--set data.edition: the value is not YAML: day is out of range"),
         ("train.0.stpes=3", r"unknown key 'train\.0\.stpes'; allowed here"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_signal_ends_the_job_in_good_order(
     assert events == ["up", "down"]
     assert report.details == {"url": "http://127.0.0.1:1234", "index": "news@production"}
     assert report.warnings == []
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "http://127.0.0.1:1234/v1/search" in printed
     assert "Bearer $MY_KEYS" in printed, "the example names the variable, never a key"
     assert signal.getsignal(signal.SIGTERM) is before

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.config import ServeConfig, parse_recipe
 from colbert_core.errors import ConfigError
-from serving.app import build
+from serving.app import base_url, build
 from serving.args import api_keys, parse_args, recipe_args
 
 ARGS: dict[str, Any] = {"storage": {"root": "/data"}, "serve": {"index": "news@production", "groups": 3}}
@@ -109,3 +109,9 @@ def test_keys_come_from_the_environment_and_a_closed_service_never_opens_by_mist
     with pytest.raises(ConfigError, match="TEST_KEYS"):
         api_keys(config)
     assert api_keys(ServeConfig()) == []
+
+
+def test_an_address_of_ipv6_stands_in_brackets() -> None:
+    assert base_url("::1", 8000) == "http://[::1]:8000"
+    assert base_url("::", 8000) == base_url("0.0.0.0", 8000) == "http://127.0.0.1:8000"
+    assert base_url("head.example", 80) == "http://head.example:80"

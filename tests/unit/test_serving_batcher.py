@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -132,3 +134,18 @@ def test_a_cancelled_request_is_not_encoded() -> None:
 
     asyncio.run(run())
     assert recorder.batches == [["first"], ["last"]]
+
+
+def test_an_idle_batcher_lets_go_of_the_last_encoder() -> None:
+    """It holds a model, which a newer version has replaced."""
+
+    async def run() -> bool:
+        batcher, recorder = MicroBatcher(8, 0.0), Recorder()
+        await batcher.encode(recorder.encode, ["a"])
+        gone = weakref.ref(recorder)
+        del recorder
+        await asyncio.sleep(0.05)
+        gc.collect()
+        return gone() is None
+
+    assert asyncio.run(run())

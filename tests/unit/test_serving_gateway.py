@@ -281,12 +281,19 @@ def test_the_page_is_one_file_that_loads_nothing_from_elsewhere() -> None:
         assert outside not in page, outside
 
 
+def test_half_a_surrogate_pair_in_a_message_is_escaped() -> None:
+    gateway = Gateway()
+    gateway.service.error = SearchError("filter: no operator '$x\ud800'")
+    check_error(gateway.post(json={"query": "a"}), 400, "SearchError", r"no operator '$x\ud800'")
+
+
 def test_openapi_names_the_routes_and_their_errors() -> None:
     schema = Gateway().request("GET", "/openapi.json").json()
     search = schema["paths"]["/v1/search"]["post"]
     assert {"200", "400", "401", "404", "413", "429", "503", "504"} <= set(search["responses"])
     reference = search["responses"]["429"]["content"]["application/json"]["schema"]["$ref"]
     assert reference.endswith("ErrorResponse")
+    assert "422" not in search["responses"], "what does not fit the schema is a 400 here"
 
 
 def test_each_gateway_is_its_own() -> None:
