@@ -29,7 +29,7 @@ from colbert_core.errors import ConfigError, RaycolbertError
 from jobs import average, evaluate, index, mine_negatives, score_teacher, train
 from jobs.html_report import write_report
 from jobs.launch import main
-from jobs.serve import serving_session
+from jobs.serve import refuse_second_service, serving_session
 from serving.args import api_keys, recipe_args
 
 PRODUCTION = "production"
@@ -57,6 +57,8 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
     recipe = pinned(recipe, Registry.open(recipe.storage))
     _check(recipe)
     with _peak_memory(whole), ray_session(recipe):
+        if recipe.serve is not None and recipe.serve.questions:
+            refuse_second_service()
         for name, job in _stages(recipe):
             console.rule(f"[bold]{name}")
             with whole.timed(name):

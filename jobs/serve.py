@@ -68,20 +68,29 @@ def serving_session(recipe: Recipe) -> Iterator[str]:
         The base URL of a service that is ready.
 
     Raises:
-        ConfigError: a service is deployed on this Ray already; it would be replaced, and deleted at the end.
-        ArtifactNotFound, NotReady, and again ConfigError: as :func:`serving.app.deploy`.
+        ConfigError, ArtifactNotFound, NotReady: as :func:`refuse_second_service` and
+            :func:`serving.app.deploy`.
     """
     with ray_session(recipe):
-        if deployed():
-            raise ConfigError(
-                "a service is deployed on this Ray already, and would be taken down with this one; promote "
-                "its index's alias, or stop it first"
-            )
+        refuse_second_service()
         started_here = not serve_runs()
         try:
             yield deploy(recipe)
         finally:
             undeploy(stop_serve=started_here)
+
+
+def refuse_second_service() -> None:
+    """To be asked before a service is deployed for a while, when Ray is up.
+
+    Raises:
+        ConfigError: one is there already; it would be replaced, and deleted with this one.
+    """
+    if deployed():
+        raise ConfigError(
+            "a service is deployed on this Ray already, and would be taken down with this one; it follows "
+            "its index's alias by itself, so stop it first or do without serve.questions"
+        )
 
 
 def _announce(recipe: Recipe, url: str, report: Report) -> None:

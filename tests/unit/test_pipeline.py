@@ -65,6 +65,7 @@ def test_the_report_is_written_whatever_a_passage_holds(
     monkeypatch.setattr(pipeline, "_stages", lambda _: [])
     monkeypatch.setattr(pipeline, "_ask", ask)
     monkeypatch.setattr(pipeline, "ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(pipeline, "refuse_second_service", lambda: None)
     storage = {"root": str(tmp_path / "store"), "cache_dir": str(tmp_path / "cache")}
     given = recipe(storage=storage, index=None, serve={"index": "i@v", "questions": ["[cat]?"]})
     pipeline.run(given, tmp_path / "first")

@@ -85,3 +85,12 @@ def test_a_service_that_nobody_would_keep_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match=r"ray\.address"):
         serve.run(recipe(), block=False)
+
+
+def test_a_service_that_runs_already_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "ray_session", lambda recipe: nullcontext())
+    monkeypatch.setattr(serve, "deployed", lambda: True)
+    monkeypatch.setattr(serve, "deploy", lambda recipe: pytest.fail("deployed over another service"))
+    monkeypatch.setattr(serve, "undeploy", lambda **_: pytest.fail("took the other service down"))
+    with pytest.raises(ConfigError, match="a service is deployed on this Ray already"):
+        serve.run(recipe())
