@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 _LAST_BYTES = 2000
+WATCH_S = 1.0  # how often a peer looks whether its driver lives
 
 
 class PeerError(RuntimeError):
@@ -100,7 +103,12 @@ class Peer:
 
 
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
-    """Answers commands until standard input ends; what libraries print goes to standard error."""
+    """Answers commands until standard input ends; what libraries print goes to standard error.
+
+    The process ends with the one that started it, in the middle of a command too: what went on computing
+    would disturb the next measurement.
+    """
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -111,3 +119,9 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
             answer = {"error": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    os._exit(1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
-from benchmarks.support.line_protocol import Peer, PeerError, serve
+from benchmarks.support.line_protocol import ROOT, Peer, PeerError, serve
 
 
 def add(left: int, right: int) -> int:
@@ -20,6 +24,19 @@ def fail(text: str) -> None:
 
 def leave(status: int) -> None:
     sys.exit(status)
+
+
+def wait(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+DRIVER = f"""
+import sys
+from benchmarks.support.line_protocol import Peer
+peer = Peer("calculator", sys.executable, {__name__!r}, {{}})
+print(peer.call("pid"), flush=True)
+peer.call("wait", seconds=600)
+"""
 
 
 @pytest.fixture
@@ -51,6 +68,17 @@ def test_a_death_is_told(peer: Peer) -> None:
                 peer.call(command, status=3)
 
 
+def test_a_peer_ends_with_its_driver_in_the_middle_of_a_command() -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert driver.stdout is not None
+    peer = psutil.Process(int(driver.stdout.readline()))
+    assert peer.is_running()
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    peer.wait(timeout=20)
+
+
 def test_what_cannot_begin_says_why() -> None:
     reason = r"(?s)nobody died in 'add' .*No module named tests\.no_such_module"
     nobody = Peer("nobody", sys.executable, "tests.no_such_module", {})
@@ -59,4 +87,4 @@ def test_what_cannot_begin_says_why() -> None:
 
 
 if __name__ == "__main__":
-    serve({"add": add, "fail": fail, "leave": leave})
+    serve({"add": add, "fail": fail, "leave": leave, "pid": os.getpid, "wait": wait})
