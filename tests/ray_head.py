@@ -41,11 +41,13 @@ class RayHead:
 
     Attributes:
         address: of its dashboard.
+        headers: for requests to the dashboard: its token.
         environment: for commands that use it.
         folder: its logs and all else that it writes lie below.
     """
 
     address: str
+    headers: dict[str, str]
     environment: dict[str, str]
     folder: Path
 
@@ -109,7 +111,7 @@ def ray_head(cpus: int = 2) -> Iterator[RayHead]:
                 output = (folder / "ray-start.log").read_text()
                 assert process.poll() is None and time.monotonic() < until, output
                 time.sleep(0.2)
-        yield RayHead(address, environment, folder)
+        yield RayHead(address, headers, environment, folder)
     finally:
         started = family(process.pid)
         process.terminate()

@@ -147,7 +147,7 @@ def test_logs_of_ray_have_none(jobs: Jobs) -> None:
     assert any(name.startswith("job-driver-") for name in logs)
     assert any(name.startswith("worker-") for name in logs)
     assert files_with_secrets(jobs.cluster.folder) == []
-    told = httpx.get(f"{jobs.cluster.address}/api/jobs/").text
+    told = httpx.get(f"{jobs.cluster.address}/api/jobs/", headers=jobs.cluster.headers).text
     assert "jobs.pipeline" in told
     assert not any(secret in told for secret in SECRETS)
 

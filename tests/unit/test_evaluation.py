@@ -142,7 +142,7 @@ def test_impossible_evaluations_are_refused(root: Path, tmp_path: Path) -> None:
         evaluate.run(recipe(root, tmp_path).model_copy(update={"evaluate": None}))
     with pytest.raises(ConfigError, match="unknown metric 'nDCG'"):
         evaluate.run(recipe(root, tmp_path, metrics=["nDCG"]))
-    with pytest.raises(ConfigError, match="scorer 'people' cannot search"):
+    with pytest.raises(ConfigError, match=r"evaluate\.systems\.people: 'people' is of kind labels"):
         evaluate.run(recipe(root, tmp_path, systems={"people": {"scorer": "people"}}))
     given = recipe(root, tmp_path, systems={"fast": {"model": "base", "index": True}})
     with pytest.raises(ConfigError, match="no 'index' section"):
