@@ -35,7 +35,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,8 @@ from rich.table import Table
 
 from benchmarks.support.line_protocol import Peer
 from benchmarks.support.results import Goal, finish, machine
+from benchmarks.support.search_contenders import CUTS, OURS, Contender, our_contenders, peer_contenders
+from benchmarks.support.search_engine import Settings
 from benchmarks.support.search_files import VectorFiles
 from benchmarks.support.search_plot import plot
 from benchmarks.support.search_vectors import (
@@ -58,7 +59,7 @@ from benchmarks.support.search_vectors import (
 )
 from colbert_core.metrics import evaluate_run
 
-OURS, OURS_MODULE = "raycolbert", "benchmarks.support.search_ours"
+OURS_MODULE = "benchmarks.support.search_ours"
 PEERS_MODULE = "benchmarks.support.search_peers"
 DEPTHS = (10, 100)
 LEVELS = (0.80, 0.85, 0.90, 0.95, 0.98)
@@ -67,67 +68,7 @@ PATIENCE_S, FEWEST = 60.0, 20  # for one by one asking; questions that are asked
 SLOW_S = 2.0
 INDEX, BUILT = "index", "built.json"
 
-Settings = dict[str, Any]
-
 console = Console(width=150)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An engine with one index, and the settings that it is searched with.
-
-    Attributes:
-        label: what the table calls it.
-        engine: name of the program or peer.
-        build: settings of the index.
-        searches: quality settings.
-    """
-
-    label: str
-    engine: str
-    build: Settings
-    searches: tuple[Settings, ...]
-
-
-def our_contenders(bits: Sequence[int], cuts: Sequence[tuple[int, int, int]]) -> list[Contender]:
-    """This project's index with residuals of so many bits, over probes, candidates and rerank."""
-    searches = tuple(dict(zip(("probes", "candidates", "rerank"), cut, strict=True)) for cut in cuts)
-    return [Contender(f"{OURS} {b}-bit", OURS, {"residual_bits": b}, searches) for b in bits]
-
-
-CUTS = (
-    (2, 200, 50),
-    (4, 400, 100),
-    (8, 500, 100),
-    (8, 1000, 200),
-    (16, 1000, 200),
-    (16, 2000, 400),
-    (32, 2000, 400),
-    (32, 4000, 1000),
-    (64, 8000, 2000),
-)
-
-
-def peer_contenders() -> dict[str, Contender]:
-    """The peers at their defaults, and to both sides of them; tachiom chooses its number of centroids."""
-    refined: tuple[Settings, ...] = (
-        {"k_centroids": 10, "ef_search": 15, "k_docs_to_score": 200},
-        {},
-        {"k_centroids": 30, "ef_search": 45},
-        {"k_centroids": 40, "ef_search": 60, "k_docs_to_score": 1000, "alpha": None},
-        {"k_centroids": 80, "ef_search": 120, "k_docs_to_score": 2000, "alpha": None},
-        {"k_centroids": 160, "ef_search": 240, "k_docs_to_score": 4000, "alpha": None},
-    )
-    probed = ((4, 512), (8, 1024), (8, 4096), (16, 8192), (32, 16384))
-    cuts = tuple({"n_ivf_probe": probes, "n_full_scores": scores} for probes, scores in probed)
-    warped: tuple[Settings, ...] = ({}, {"nprobe": 16}, {"nprobe": 32}, {"nprobe": 64, "bound": 256})
-    found = (
-        Contender("tachiom", "tachiom", {}, refined),
-        Contender("fast-plaid 4-bit", "fast-plaid", {"nbits": 4}, cuts),
-        Contender("PyLate PLAID 4-bit", "pylate", {"nbits": 4}, cuts),
-        Contender("xtr-warp-rs 4-bit", "xtr-warp-rs", {"nbits": 4}, warped),
-    )
-    return {contender.engine: contender for contender in found}
 
 
 def main() -> int:
@@ -162,7 +103,7 @@ def main() -> int:
     plot(name, bench.rows, quick=options.quick, console=console)
     return finish(
         name,
-        settings={"set": files.about, "threads": options.threads, "rounds": rounds, "peers": bench.versions},
+        settings={"set": bench.about, "threads": options.threads, "rounds": rounds, "peers": bench.versions},
         results=results,
         goals=goals,
         console=console,
@@ -174,6 +115,7 @@ class Benchmark:
     """The measurements, and what they found.
 
     Attributes:
+        about: what the set is.
         rows: a reading for each engine and setting.
         engines: figures of each engine's index.
         versions: of each engine's libraries.
@@ -195,6 +137,7 @@ class Benchmark:
         self._relevant = {
             str(q): {str(key): label for key, label in labels.items()} for q, labels in enumerate(relevant)
         }
+        self.about = files.about  # read now: without a cache the files are gone at the end
         self.rows: list[dict[str, Any]] = []
         self.engines: dict[str, dict[str, float]] = {}
         self.versions: dict[str, dict[str, str]] = {}
@@ -370,7 +313,7 @@ class Benchmark:
         return goals
 
     def curve_table(self) -> Table:
-        about = self._files.about
+        about = self.about
         table = Table(
             "engine",
             "settings",
