@@ -11,9 +11,10 @@ share of the exact MaxSim's best k that an engine returns, nDCG@10 is by human l
 a process of its own and searched by another, with ``--threads`` threads; the engines take turns, setting by
 setting, in every round. A single query's latency is that of one call with one query; batched QPS is of one
 call with all of them. Medians over the rounds; a reading of more than ``STEADY_S`` seconds is taken once, in
-the first round. A setting that would take more than ``PATIENCE_S`` seconds is asked fewer questions, as the
-table says; one that follows a setting of more than ``SLOW_S`` seconds a query is not measured. Memory is the
-peak resident set of the process: imports, and what it has mapped from disk, included.
+the first round. A build's time is without that of compiling kernels, which a machine does once. A setting
+that would take more than ``PATIENCE_S`` seconds is asked fewer questions, as the table says; one that follows
+a setting of more than ``SLOW_S`` seconds a query is not measured. Memory is the peak resident set of the
+process: imports, and what it has mapped from disk, included.
 
 Peers' indexes are kept under ``--cache`` as well, with the figures of their builds, by engine, version,
 settings, threads and processor: a benchmark that was interrupted goes on, and another one need not build

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.support.line_protocol import serve
 from benchmarks.support.search_files import VectorFiles
-from benchmarks.support.search_ours import build_index
+from benchmarks.support.search_ours import build_index, compile_build
 from colbert_core.config import CodecConfig, SearchConfig
 from colbert_core.index import Codec, Searcher
 from colbert_core.index.directory import open_shards
@@ -63,9 +63,7 @@ class Program:
     def build(self, folder: str, index: str, threads: int) -> dict[str, float]:
         """Makes an index of a set's vectors; seconds, and what is known of where they go."""
         files = VectorFiles(folder)
-        # Two-level clustering and all that encodes is compiled before the clock starts.
-        few = files.vectors[:4096]
-        Codec.train(few, CodecConfig(centroids=min(512, len(few))), threads=threads).encode(few[:256])
+        compile_build(files, CodecConfig(), threads)
         begin = time.perf_counter()
         build_index(files, Path(index), CodecConfig(), threads)
         seconds = time.perf_counter() - begin

@@ -25,6 +25,9 @@ class Engine(ABC):
     def versions(self) -> dict[str, str]:
         """Versions of its libraries."""
 
+    def warm(self, files: VectorFiles, settings: Settings, threads: int) -> None:  # noqa: B027 -- compiled engines
+        """What a machine does once, before its first build, such as compiling; not part of a build's time."""
+
     @abstractmethod
     def build(self, files: VectorFiles, index: Path, settings: Settings, threads: int) -> None:
         """Makes an index in an empty directory."""
@@ -45,6 +48,7 @@ def serve_engine(engine: Engine) -> None:
     def build(folder: str, index: str, settings: Settings, threads: int) -> dict[str, float]:
         files = VectorFiles(folder)
         Path(index).mkdir(parents=True)
+        engine.warm(files, settings, threads)
         begin, cpu = time.perf_counter(), _cpu_seconds()
         with AnonymousMemory() as memory:
             engine.build(files, Path(index), settings, threads)

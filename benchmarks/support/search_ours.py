@@ -27,10 +27,12 @@ class Ours(Engine):
     def versions(self) -> dict[str, str]:
         return {name: version(name) for name in ("raycolbert", "numba", "faiss-cpu", "torch", "numpy")}
 
-    def build(self, files: VectorFiles, index: Path, settings: Settings, threads: int) -> None:
+    def warm(self, files: VectorFiles, settings: Settings, threads: int) -> None:
         torch.set_num_threads(threads)
-        config = CodecConfig.model_validate(settings)
-        build_index(files, index, config, threads)
+        compile_build(files, CodecConfig.model_validate(settings), threads)
+
+    def build(self, files: VectorFiles, index: Path, settings: Settings, threads: int) -> None:
+        build_index(files, index, CodecConfig.model_validate(settings), threads)
 
     def open(self, index: Path, threads: int) -> None:
         self._searcher = open_index(index, threads=threads)
@@ -39,6 +41,13 @@ class Ours(Engine):
         assert self._searcher is not None  # opened first
         found = self._searcher.search(list(queries), k, SearchConfig.model_validate(settings))
         return [[int(hit.id) for hit in hits] for hits in found]
+
+
+def compile_build(files: VectorFiles, config: CodecConfig, threads: int) -> None:
+    """Compiles two-level clustering and all that encodes, which a machine does once, not once an index."""
+    few = files.vectors[:4096]
+    small = config.model_copy(update={"centroids": min(512, len(few))})
+    Codec.train(few, small, threads=threads).encode(few[:256])
 
 
 def build_index(
