@@ -19,6 +19,7 @@ import torch
 
 from cluster.engine import TrainingEngine
 from cluster.models import load_model_ref
+from cluster.ray_session import go_before_helpers
 from cluster.registry import Registry
 from cluster.training_figures import StepFigures, WorkerGroup
 from cluster.training_job import PhaseJob
@@ -43,6 +44,7 @@ class TrainingLoop:
     def __init__(self, job: PhaseJob) -> None:
         self._job, self._phase = job, job.phase
         threads = self._phase.threads_per_worker or max(1, int(self._phase.cpus_per_worker))
+        go_before_helpers()  # torch starts its threads later, and they inherit it
         torch.set_num_threads(threads)
         if self._phase.gpus_per_worker:
             torch.cuda.set_device(ray.train.torch.get_device())
