@@ -14,6 +14,7 @@ import httpx
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 
 from cluster.config import Recipe, ServeConfig
@@ -105,18 +106,14 @@ def deploy(recipe: Recipe) -> str:
 
     Raises:
         ConfigError: the recipe names no index, has more groups than the index has shards, no API key is
-            set, or the port is taken.
+            set, the port is taken, or Serve listens elsewhere already.
         ArtifactNotFound: the index is not published.
         NotReady: the replicas did not come up; the message says why.
     """
     args = recipe_args(recipe)
     _check_index(args)
     api_keys(args.serve)
-    host, port = args.serve.host, args.serve.port
-    if not serve_runs():
-        port = _claim_port(host, port)
-        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=_LOGGING)
-    url = base_url(host, port)
+    url = base_url(*_listen(args.serve))
     try:
         application = build(args.model_dump(mode="json"))
         serve.run(application, name=APP_NAME, route_prefix="/", logging_config=_LOGGING)
@@ -155,6 +152,28 @@ def deployed() -> bool:
 def serve_runs() -> bool:
     """Whether Serve runs on this Ray, for whichever application."""
     return bool(serve.status().proxies)
+
+
+def _listen(config: ServeConfig) -> tuple[str, int]:
+    """The host and port that Serve listens on; starts it if it does not run.
+
+    Raises:
+        ConfigError: the port is taken, or Serve runs and listens where the service would not be found.
+    """
+    if not serve_runs():
+        port = _claim_port(config.host, config.port)
+        serve.start(http_options=HTTPOptions(host=config.host, port=port), logging_config=_LOGGING)
+        return config.host, port
+    # All applications on a Ray share one address, which no public call tells.
+    client = _get_global_client()
+    assert client is not None  # it raises where Serve does not run
+    running = client.http_config
+    if config.port not in (0, running.port) or running.host not in (config.host, *ANY_ADDRESS):
+        raise ConfigError(
+            f"serve.host, serve.port: {config.host}:{config.port}, but Serve runs on this Ray already and "
+            f"listens on {running.host}:{running.port}, for all its applications"
+        )
+    return running.host, running.port
 
 
 def _check_index(args: ServiceArgs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -23,9 +24,11 @@ import ray
 import torch
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
 
 from cluster.artifacts import ArtifactRef
 from cluster.config import Recipe, StorageConfig, parse_recipe
+from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from colbert_core.config import SearchConfig
 from colbert_core.encoder import ColBERT
@@ -375,3 +378,21 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
         deploy(service.recipe)
     assert not ray.is_initialized()
     assert service.health().status_code == 200
+
+
+def test_a_serve_that_listens_elsewhere_is_named(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYCOLBERT_TEST_KEYS", KEY)
+    recipe = service.recipe
+    assert recipe.serve is not None
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    taken = recipe.model_copy(update={"serve": recipe.serve.model_copy(update={"port": port - 1})})
+    with ray_session(recipe):
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        try:
+            with pytest.raises(ConfigError, match=f"listens on 127.0.0.1:{port}"):
+                deploy(taken)
+            assert not serve.status().applications
+        finally:
+            serve.shutdown()
