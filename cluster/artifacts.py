@@ -40,7 +40,8 @@ class ArtifactRef:
 def base_ref(recipe: Recipe) -> ArtifactRef:
     """The untrained start: backbone, markers and initial projection."""
     source = recipe.data.sources[recipe.model.pca_source] if recipe.model.pca_source else None
-    digest = fingerprint(recipe.model, source, _place(recipe) if source else None, recipe.seed)
+    place = _place(recipe) if source else recipe.data.edition
+    digest = fingerprint(recipe.model, source, place, recipe.seed)
     return ArtifactRef("models", recipe.model.name, f"base-{digest}")
 
 

@@ -3,6 +3,7 @@
 A version's name says which files went in, not what they held at the time (:mod:`cluster.artifacts`). So
 what is made of files records size, SHA-256 and time of the last write of each, and a job that finds its
 output made compares: a file that was edited in place is refused by name, and never taken for the old one.
+The files of models that are local directories are recorded and compared in the same way.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 from pydantic import Field
 
-from cluster.artifacts import ArtifactRef
+from cluster.artifacts import ArtifactRef, is_own_model
 from cluster.config import Recipe, TupleFiles, fingerprint
 from cluster.manifest import Sha256
 from cluster.registry import Registry
@@ -23,8 +25,8 @@ from cluster.sources import locate, matching_files, open_data
 from colbert_core.config import FrozenModel
 from colbert_core.errors import DataError
 
-# Where a manifest's ``extra`` holds the record.
-KEY = "data_files"
+# Where a manifest's ``extra`` holds the records of data files, and of models that are local directories.
+KEY, MODELS_KEY = "data_files", "model_files"
 _THREADS = 4
 _BLOCK_BYTES = 1 << 20
 # Digests that this process has made, by place, size and time of the last write.
@@ -71,7 +73,7 @@ class DataFiles:
         """Digest of the content, for :attr:`cluster.manifest.Manifest.data_fingerprint`."""
         return fingerprint({path: file.sha256 for path, file in self.files.items()})
 
-    def record(self) -> dict[str, Any]:
+    def record(self, key: str = KEY) -> dict[str, Any]:
         """For the ``extra`` of a manifest, once all is made of these files.
 
         Raises:
@@ -81,7 +83,7 @@ class DataFiles:
             info = _info(self._recipe, path)
             if (info.size, info.mtime_ns) != (file.size, file.modified):
                 raise DataError(f"{path}: the file was changed while the job read it; run the job again")
-        return {KEY: {path: file.model_dump(mode="json") for path, file in self.files.items()}}
+        return {key: {path: file.model_dump(mode="json") for path, file in self.files.items()}}
 
 
 def source_files(recipe: Recipe, *names: str) -> list[str]:
@@ -100,7 +102,31 @@ def tuple_files(recipe: Recipe, files: TupleFiles) -> list[str]:
     return [path for pattern in patterns for path in matching_files(recipe, pattern)]
 
 
-def check_same_files(recipe: Recipe, registry: Registry, ref: ArtifactRef, patterns: Sequence[str]) -> None:
+def model_files(*models: str) -> list[str]:
+    """The files of those models that are local directories, hidden ones left out; absolute paths."""
+    folders = [Path(model).expanduser().absolute() for model in models]
+    return [
+        str(path)
+        for folder in dict.fromkeys(folders)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def scorer_files(recipe: Recipe, names: Iterable[str]) -> list[str]:
+    """The files of scorers' models, as :func:`model_files`; models that the recipe makes have versions."""
+    models = [getattr(recipe.scorers[name], "model", None) for name in names]
+    return model_files(*(model for model in models if model and not is_own_model(recipe, model)))
+
+
+def check_same_models(recipe: Recipe, registry: Registry, ref: ArtifactRef) -> None:
+    """As :func:`check_same_files`, for directories of models; a file that is new there is of no matter."""
+    check_same_files(recipe, registry, ref, (), MODELS_KEY)
+
+
+def check_same_files(
+    recipe: Recipe, registry: Registry, ref: ArtifactRef, patterns: Sequence[str], key: str = KEY
+) -> None:
     """Do the files still hold what a published version was made of?
 
     Where none of them is there, as on a machine without the data, there is nothing to compare, nor for
@@ -111,11 +137,12 @@ def check_same_files(recipe: Recipe, registry: Registry, ref: ArtifactRef, patte
         registry: where it is published.
         ref: the version.
         patterns: data paths, or patterns of them, that it is made of by the recipe.
+        key: of the record.
 
     Raises:
         DataError: a file is new, gone or changed; the message names it.
     """
-    recorded = registry.manifest(ref).extra.get(KEY)
+    recorded = registry.manifest(ref).extra.get(key)
     if not isinstance(recorded, dict):
         return
     before = {path: DataFile.model_validate(entry) for path, entry in recorded.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.artifacts import ArtifactRef, index_ref, scorer_identity
 from cluster.config import Recipe, System, fingerprint
-from cluster.data_files import DataFiles, source_files
+from cluster.data_files import DataFiles, scorer_files, source_files
 from cluster.mining import stable_hash
 from cluster.models import load_model_ref, resolve_model
 from cluster.registry import Registry
@@ -204,7 +204,8 @@ class Evaluator:
         if plain["kind"] == "colbert" and "@" in plain["model"]:
             # An alias may have moved since.
             plain["model"] = str(resolve_model(self.recipe, self.registry, plain["model"]))
-        return plain
+        files = DataFiles(self.recipe, scorer_files(self.recipe, [name]))
+        return [plain, files.fingerprint] if files.files else plain
 
     def _key(self, identity: Any) -> str:
         content = DataFiles(self.recipe, source_files(self.recipe, self.source_name)).fingerprint

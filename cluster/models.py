@@ -12,7 +12,7 @@ import torch
 
 from cluster.artifacts import ArtifactRef, base_ref, model_ref
 from cluster.config import Recipe, TrainPhase
-from cluster.data_files import DataFiles, check_same_files
+from cluster.data_files import MODELS_KEY, DataFiles, check_same_files, check_same_models, model_files
 from cluster.registry import Registry
 from cluster.sources import document_text, read_records
 from colbert_core.config import ColBERTConfig, FrozenModel
@@ -42,15 +42,16 @@ def ensure_base(recipe: Recipe, registry: Registry) -> ArtifactRef:
     Raises:
         ConfigError: ``projection: pca`` for a base that has a projection.
         ModelError: the base cannot be loaded.
-        DataError: the source of the PCA has no documents, is malformed, or was changed since the start was
-            made of it.
+        DataError: the source of the PCA has no documents or is malformed; it or the base's directory was
+            changed since the start was made of it.
     """
     ref, settings = base_ref(recipe), recipe.model
     paths = [recipe.data.sources[settings.pca_source].corpus] if settings.pca_source else []
     if registry.exists(ref):
         check_same_files(recipe, registry, ref, paths)
+        check_same_models(recipe, registry, ref)
         return ref
-    data = DataFiles(recipe, paths)
+    data, base = DataFiles(recipe, paths), DataFiles(recipe, model_files(settings.base))
     model = _build_base(recipe)
     with tempfile.TemporaryDirectory(prefix="raycolbert-base-") as folder:
         directory = Path(folder) / "model"
@@ -66,6 +67,7 @@ def ensure_base(recipe: Recipe, registry: Registry) -> ArtifactRef:
                     "projection": settings.projection,
                     "seed": recipe.seed,
                     **data.record(),
+                    **base.record(MODELS_KEY),
                 },
             )
         except VersionExists:

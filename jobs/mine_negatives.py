@@ -6,8 +6,15 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from cluster.artifacts import candidates_ref
-from cluster.config import Mining, Recipe
-from cluster.data_files import DataFiles, check_same_files, source_files
+from cluster.config import Mining, Recipe, fingerprint
+from cluster.data_files import (
+    MODELS_KEY,
+    DataFiles,
+    check_same_files,
+    check_same_models,
+    scorer_files,
+    source_files,
+)
 from cluster.mining import MinedTuples, candidate_rows, mine
 from cluster.models import pinned
 from cluster.parts import PART_ROWS, upload_parts
@@ -28,7 +35,7 @@ def run(recipe: Recipe) -> Report:
 
     Raises:
         DataError: a source is malformed, too small for the tuples asked for, or was changed since
-            published candidates were mined in it.
+            published candidates were mined in it, as may a scorer's model.
         ConfigError: a pool's scorer cannot search.
     """
     report = Report(job="mine_negatives", recipe=recipe.name)
@@ -40,6 +47,7 @@ def run(recipe: Recipe) -> Report:
         ref = candidates_ref(recipe, name)
         if registry.exists(ref):
             check_same_files(recipe, registry, ref, source_files(recipe, tuple_set.mine.source))
+            check_same_models(recipe, registry, ref)
             report.skipped.append(str(ref))
             continue
         _mine(recipe, name, tuple_set.mine, registry, report)
@@ -51,10 +59,11 @@ def _mine(recipe: Recipe, name: str, config: Mining, registry: Registry, report:
     ref = candidates_ref(recipe, name)
     staged = registry.staging(ref)
     with report.timed(f"{name}: source"):
+        names = list(dict.fromkeys(pool.scorer for pool in config.pools))
         data = DataFiles(recipe, source_files(recipe, config.source))
-        staged.begin(data.fingerprint)
+        models = DataFiles(recipe, scorer_files(recipe, names))
+        staged.begin(fingerprint(data.fingerprint, models.fingerprint))
         source = load_source(recipe, config.source)
-    names = list(dict.fromkeys(pool.scorer for pool in config.pools))
     with report.timed(f"{name}: mining"), ExitStack() as stack:
         scorers: dict[str, Scorer]
         if config.in_process:
@@ -80,7 +89,12 @@ def _mine(recipe: Recipe, name: str, config: Mining, registry: Registry, report:
         recipe=recipe.model_dump(mode="json"),
         fingerprint=data.fingerprint,
         metrics=metrics,
-        extra={"rows": counts, "nway": mined.documents.shape[1], **data.record()},
+        extra={
+            "rows": counts,
+            "nway": mined.documents.shape[1],
+            **data.record(),
+            **models.record(MODELS_KEY),
+        },
     )
     report.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
 

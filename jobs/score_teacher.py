@@ -6,7 +6,15 @@ from contextlib import nullcontext
 
 from cluster.artifacts import ArtifactRef, candidates_ref, tuples_ref
 from cluster.config import Recipe, Scoring, TupleFiles, TupleSet
-from cluster.data_files import DataFiles, check_same_files, source_files, tuple_files
+from cluster.data_files import (
+    MODELS_KEY,
+    DataFiles,
+    check_same_files,
+    check_same_models,
+    scorer_files,
+    source_files,
+    tuple_files,
+)
 from cluster.manifest import Parent
 from cluster.models import pinned
 from cluster.parts import upload_parts
@@ -61,6 +69,7 @@ def _check_files(recipe: Recipe, name: str, tuple_set: TupleSet, registry: Regis
     for ref in (candidates_ref(recipe, name), tuples_ref(recipe, name)):
         if registry.exists(ref):
             check_same_files(recipe, registry, ref, patterns)
+            check_same_models(recipe, registry, ref)
 
 
 def _convert(recipe: Recipe, name: str, files: TupleFiles, registry: Registry, report: Report) -> None:
@@ -107,7 +116,9 @@ def _candidates_from_files(
 def _score(recipe: Recipe, name: str, scoring: Scoring, registry: Registry, report: Report) -> None:
     ref, candidates = tuples_ref(recipe, name), candidates_ref(recipe, name)
     rows = _published_rows(registry, candidates, name)
+    models = DataFiles(recipe, scorer_files(recipe, scoring.scorers))
     staged = registry.staging(ref)
+    staged.begin(models.fingerprint)
     with report.timed(f"{name}: scoring"), nullcontext() if scoring.in_process else ray_session(recipe):
         counts = score_parts(recipe, name, scoring, candidates, list(rows), staged)
     metrics = counts.metrics()
@@ -117,7 +128,7 @@ def _score(recipe: Recipe, name: str, scoring: Scoring, registry: Registry, repo
         recipe=recipe.model_dump(mode="json"),
         fingerprint=registry.manifest(candidates).data_fingerprint,
         metrics=metrics,
-        extra={"rows": rows},
+        extra={"rows": rows, **models.record(MODELS_KEY)},
     )
     report.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
 

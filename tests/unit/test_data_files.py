@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cluster.registry import Registry
 from colbert_core.errors import DataError
 from jobs import mine_negatives, score_teacher
 from tests.tiny_data import data_recipe, word_source
-from tests.tiny_models import tiny_bert_dir
+from tests.tiny_models import tiny_bert_dir, tiny_cross_encoder_dir
 
 MINED: dict[str, Any] = {
     "mine": {"source": "words", "pools": [{"scorer": "bm25", "take": 3}]},
@@ -160,3 +161,52 @@ def test_a_start_whose_pca_saw_other_documents_is_refused(root: Path) -> None:
     word_source(root / "words", documents=21, queries=10)
     with pytest.raises(DataError, match=r"words/corpus.parquet: .* since models/tiny@base-\w+ was"):
         ensure_base(given, registry)
+
+
+def test_a_base_that_was_trained_again_in_place_is_refused(root: Path) -> None:
+    model = {"name": "tiny", "base": str(tiny_bert_dir(root / "bert", seed=1)), "colbert": {"dim": 8}}
+    given = recipe(root, model=model)
+    registry = Registry.open(given.storage)
+    ref = ensure_base(given, registry)
+    (root / "bert" / "notes.md").write_text("of no matter")
+    assert ensure_base(given, registry) == ref
+    tiny_bert_dir(root / "bert", seed=2)
+    with pytest.raises(DataError, match=r"bert/model.safetensors: .* since models/tiny@base-\w+ was made"):
+        ensure_base(given, registry)
+    again = ensure_base(recipe(root, edition="2", model=model), registry)
+    assert again != ref
+    # Where the directory is not, what was made of it is taken.
+    shutil.rmtree(root / "bert")
+    assert ensure_base(given, registry) == ref
+
+
+def test_scores_of_a_teacher_that_was_trained_again_in_place_are_not_used(root: Path) -> None:
+    teacher = tiny_cross_encoder_dir(root / "teacher", seed=1)
+    given = data_recipe(
+        root,
+        scorers={"teacher": {"kind": "cross_encoder", "model": str(teacher)}},
+        data={"tuples": {"given": READ | {"score": {"scorers": {"teacher": 1.0}}}}},
+    )
+    assert str(tuples_ref(given, "given")) in score_teacher.run(given).artifacts
+    assert str(tuples_ref(given, "given")) in score_teacher.run(given).skipped
+    tiny_cross_encoder_dir(root / "teacher", seed=2)
+    with pytest.raises(DataError, match=r"teacher/model.safetensors: .* since data/test-given@\w+ was made"):
+        score_teacher.run(given)
+
+
+def test_what_an_encoder_found_before_it_was_trained_again_in_place_is_not_used(root: Path) -> None:
+    encoder = {"kind": "bi_encoder", "model": str(tiny_bert_dir(root / "bert", seed=1))}
+    mined = MINED | {"mine": {"source": "words", "pools": [{"scorer": "states", "take": 3}]}}
+    scorers = {"states": encoder, "labels": {"kind": "labels"}}
+    given = data_recipe(root, scorers=scorers, data={"tuples": {"mined": mined}})
+    registry = Registry.open(given.storage)
+
+    def known() -> bool:
+        return Evaluator(given, registry, "words").values(System(scorer="states"), ["nDCG@10"])[1]
+
+    mine_negatives.run(given)
+    assert [known(), known()] == [False, True]
+    tiny_bert_dir(root / "bert", seed=2)
+    assert not known()
+    with pytest.raises(DataError, match=r"bert/model.safetensors: .* since data/test-mined-candidates@\w+"):
+        mine_negatives.run(given)
