@@ -110,7 +110,8 @@ class TupleSet(FrozenModel):
 class DataConfig(FrozenModel):
     root: str = Field(".", description="directory or s3:// prefix that relative paths start from")
     edition: str | None = Field(
-        None, description="part of the names of all that is made of data files; change it when they change"
+        None,
+        description="part of the names of what is made of data files or the base; change it when they change",
     )
     sources: dict[Name, Source] = Field(default_factory=dict)
     tuples: dict[Name, TupleSet] = Field(default_factory=dict)
