@@ -14,6 +14,7 @@ import ray
 
 from cluster.artifacts import ArtifactRef, candidates_ref, tuples_ref
 from cluster.config import Recipe
+from cluster.data_files import DataFiles, scorer_files
 from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from cluster.scorers import Candidates, build_ensemble, build_scorer, minmax
@@ -115,6 +116,7 @@ def test_mined_tuples_are_scored_once_and_resumed(root: Path, storage: dict[str,
     scoring = given.data.tuples["mined"].score
     assert scoring is not None
     staged = registry.staging(ref)
+    staged.begin(DataFiles(given, scorer_files(given, scoring.scorers)).fingerprint)
     alone = scoring.model_copy(update={"workers": 1})
     score_parts(given, "mined", alone, candidates, paths[:2], staged)
     before = {path: registry.store.head(f"{ref.prefix}files/{path}") for path in paths[:2]}
