@@ -119,30 +119,28 @@ def scorer_files(recipe: Recipe, names: Iterable[str]) -> list[str]:
     return model_files(*(model for model in models if model and not is_own_model(recipe, model)))
 
 
-def check_same_models(recipe: Recipe, registry: Registry, ref: ArtifactRef) -> None:
-    """As :func:`check_same_files`, for directories of models; a file that is new there is of no matter."""
-    check_same_files(recipe, registry, ref, (), MODELS_KEY)
-
-
-def check_same_files(
-    recipe: Recipe, registry: Registry, ref: ArtifactRef, patterns: Sequence[str], key: str = KEY
-) -> None:
+def check_same_files(recipe: Recipe, registry: Registry, ref: ArtifactRef, patterns: Sequence[str]) -> None:
     """Do the files still hold what a published version was made of?
 
     Where none of them is there, as on a machine without the data, there is nothing to compare, nor for
-    versions that record no files.
+    versions that record no files. The same holds for models' directories, apart from the data; a file that
+    is new in one is of no matter.
 
     Args:
         recipe: the recipe that names the version.
         registry: where it is published.
         ref: the version.
         patterns: data paths, or patterns of them, that it is made of by the recipe.
-        key: of the record.
 
     Raises:
         DataError: a file is new, gone or changed; the message names it.
     """
-    recorded = registry.manifest(ref).extra.get(key)
+    extra = registry.manifest(ref).extra
+    _check_record(recipe, ref, extra.get(KEY), patterns)
+    _check_record(recipe, ref, extra.get(MODELS_KEY), ())
+
+
+def _check_record(recipe: Recipe, ref: ArtifactRef, recorded: object, patterns: Sequence[str]) -> None:
     if not isinstance(recorded, dict):
         return
     before = {path: DataFile.model_validate(entry) for path, entry in recorded.items()}

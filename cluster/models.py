@@ -12,7 +12,7 @@ import torch
 
 from cluster.artifacts import ArtifactRef, base_ref, model_ref
 from cluster.config import Recipe, TrainPhase
-from cluster.data_files import MODELS_KEY, DataFiles, check_same_files, check_same_models, model_files
+from cluster.data_files import MODELS_KEY, DataFiles, check_same_files, model_files
 from cluster.registry import Registry
 from cluster.sources import document_text, read_records
 from colbert_core.config import ColBERTConfig, FrozenModel
@@ -49,7 +49,6 @@ def ensure_base(recipe: Recipe, registry: Registry) -> ArtifactRef:
     paths = [recipe.data.sources[settings.pca_source].corpus] if settings.pca_source else []
     if registry.exists(ref):
         check_same_files(recipe, registry, ref, paths)
-        check_same_models(recipe, registry, ref)
         return ref
     data, base = DataFiles(recipe, paths), DataFiles(recipe, model_files(settings.base))
     model = _build_base(recipe)

@@ -7,14 +7,7 @@ from dataclasses import asdict
 
 from cluster.artifacts import candidates_ref
 from cluster.config import Mining, Recipe, fingerprint
-from cluster.data_files import (
-    MODELS_KEY,
-    DataFiles,
-    check_same_files,
-    check_same_models,
-    scorer_files,
-    source_files,
-)
+from cluster.data_files import MODELS_KEY, DataFiles, check_same_files, scorer_files, source_files
 from cluster.mining import MinedTuples, candidate_rows, mine
 from cluster.models import pinned
 from cluster.parts import PART_ROWS, upload_parts
@@ -47,7 +40,6 @@ def run(recipe: Recipe) -> Report:
         ref = candidates_ref(recipe, name)
         if registry.exists(ref):
             check_same_files(recipe, registry, ref, source_files(recipe, tuple_set.mine.source))
-            check_same_models(recipe, registry, ref)
             report.skipped.append(str(ref))
             continue
         _mine(recipe, name, tuple_set.mine, registry, report)

@@ -10,7 +10,6 @@ from cluster.data_files import (
     MODELS_KEY,
     DataFiles,
     check_same_files,
-    check_same_models,
     scorer_files,
     source_files,
     tuple_files,
@@ -69,7 +68,6 @@ def _check_files(recipe: Recipe, name: str, tuple_set: TupleSet, registry: Regis
     for ref in (candidates_ref(recipe, name), tuples_ref(recipe, name)):
         if registry.exists(ref):
             check_same_files(recipe, registry, ref, patterns)
-            check_same_models(recipe, registry, ref)
 
 
 def _convert(recipe: Recipe, name: str, files: TupleFiles, registry: Registry, report: Report) -> None:
