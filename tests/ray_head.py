@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.ports import free_ports
 from tests.processes import STOP_SECONDS, family, kill
 
 BIN = Path(sys.executable).parent
@@ -67,7 +67,7 @@ class RayHead:
 @contextmanager
 def ray_head(cpus: int = 2) -> Iterator[RayHead]:
     """Starts a head node on free ports, and stops it and removes its files at the end of the block."""
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
     # Short, since Ray's sockets live below it and their paths are bounded to about 100 characters.
     folder = Path(tempfile.mkdtemp(prefix="rjs", dir="/tmp"))
     # `python` of a submitted job is looked up on the PATH of `ray start`.
@@ -127,14 +127,3 @@ def _new_token(home: Path) -> str:
     command = [str(BIN / "ray"), "get-auth-token", "--generate"]
     subprocess.run(command, env={**plain, "HOME": str(home)}, check=True, capture_output=True)
     return (home / ".ray" / "auth_token").read_text(encoding="utf-8").strip()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()

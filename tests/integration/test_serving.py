@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +35,7 @@ from colbert_core.errors import ArtifactNotFound, ConfigError
 from colbert_core.index import Searcher, open_index
 from colbert_core.maxsim import maxsim_ragged
 from serving.app import deploy
+from tests.ports import free_ports
 from tests.processes import family, kill
 from tests.tiny_index import Document, publish_tiny_index, publish_tiny_model
 from tests.tiny_models import WORDS
@@ -384,15 +384,13 @@ def test_a_serve_that_listens_elsewhere_is_named(service: Service, monkeypatch: 
     monkeypatch.setenv("RAYCOLBERT_TEST_KEYS", KEY)
     recipe = service.recipe
     assert recipe.serve is not None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    taken = recipe.model_copy(update={"serve": recipe.serve.model_copy(update={"port": port - 1})})
+    port, asked = free_ports(2)
+    elsewhere = recipe.model_copy(update={"serve": recipe.serve.model_copy(update={"port": asked})})
     with ray_session(recipe):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         try:
             with pytest.raises(ConfigError, match=f"listens on 127.0.0.1:{port}"):
-                deploy(taken)
+                deploy(elsewhere)
             assert not serve.status().applications
         finally:
             serve.shutdown()
