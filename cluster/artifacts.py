@@ -94,6 +94,7 @@ def phase_fingerprint(recipe: Recipe, phase: TrainPhase) -> str:
         "threads_per_worker",
         "max_failures",
         "checkpoint",
+        "validation",
         "zero_stage",
         "gradient_checkpointing",
         "token_budget",

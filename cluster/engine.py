@@ -238,21 +238,6 @@ class TrainingEngine:
         """
         return {name: self._averaged(name).to("cpu", copy=True) for name in self._state.parameters}
 
-    @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """Inside, the module computes with x; outside, training goes on bit for bit; collective."""
-        backup = {name: self._state.read_module(name) for name in self._state.parameters}
-        for name in backup:
-            self._state.write_module(name, self._averaged(name))
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield self.model
-        finally:
-            self.model.train(training)
-            for name, value in backup.items():
-                self._state.write_module(name, value)
-
     def save(self, directory: str | Path) -> list[Path]:
         """Writes the resume state: fp32 y, the optimiser's slots and counters; collective.
 

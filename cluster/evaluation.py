@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import ArtifactRef, index_ref, scorer_identity
 from cluster.config import Recipe, System, fingerprint
 from cluster.data_files import DataFiles, scorer_files, source_files
-from cluster.mining import stable_hash
 from cluster.models import load_model_ref, resolve_model
 from cluster.registry import Registry
 from cluster.scorers import Ensemble, Scorer, build_scorer, model_scorer
@@ -64,16 +62,9 @@ class Evaluator:
     @property
     def source(self) -> LabelledSource:
         if self._source is None:
-            self._source = self._sampled(load_source(self.recipe, self.source_name))
+            source = load_source(self.recipe, self.source_name)
+            self._source = source.sampled(self.max_queries, self.recipe.seed)
         return self._source
-
-    def _sampled(self, source: LabelledSource) -> LabelledSource:
-        if self.max_queries is None or self.max_queries >= len(source.labelled_queries):
-            return source
-        # Which queries these are depends on their ids alone, not on their order.
-        ids = sorted(source.labelled_queries, key=lambda query: stable_hash(query, self.recipe.seed))
-        kept = set(ids[: self.max_queries])
-        return replace(source, qrels={query: source.qrels[query] for query in source.qrels if query in kept})
 
     def key(self, system: System) -> str:
         """Where the system's results are kept in storage, without a closing slash."""

@@ -6,7 +6,6 @@ alone, and not on how many queries are mined or in what order.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from cluster.config import Mining, Pool
 from cluster.scorers.api import Scorer
 from cluster.scorers.progress import progress
-from cluster.sources import LabelledSource
+from cluster.sources import LabelledSource, stable_hash
 from colbert_core.errors import DataError
 from colbert_core.exact import Ranking
 
@@ -122,12 +121,6 @@ def candidate_rows(source: LabelledSource, mined: MinedTuples) -> Iterator[dict[
             "document_ids": [ids[i] for i in row],
             "documents": [texts[i] for i in row],
         }
-
-
-def stable_hash(text: str, seed: int = 0) -> int:
-    """A 64-bit digest that is the same in every process."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(16, "little", signed=True))
-    return int.from_bytes(digest.digest(), "little")
 
 
 def chain_groups(documents: NDArray[np.int32], corpus_size: int, group_size: int) -> NDArray[np.int64]:

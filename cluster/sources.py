@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import io
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -41,6 +42,23 @@ class LabelledSource:
     def labelled_queries(self) -> dict[str, str]:
         """The queries that have a relevant document, in file order."""
         return {query_id: text for query_id, text in self.queries.items() if query_id in self.qrels}
+
+    def sampled(self, most: int | None, seed: int) -> LabelledSource:
+        """The same with the labels of at most so many queries (None: of all).
+
+        Which these are depends on their ids and the seed alone, not on their order.
+        """
+        if most is None or most >= len(self.labelled_queries):
+            return self
+        ids = sorted(self.labelled_queries, key=lambda query: stable_hash(query, seed))
+        kept = set(ids[:most])
+        return replace(self, qrels={query: labels for query, labels in self.qrels.items() if query in kept})
+
+
+def stable_hash(text: str, seed: int = 0) -> int:
+    """A 64-bit digest that is the same in every process."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(16, "little", signed=True))
+    return int.from_bytes(digest.digest(), "little")
 
 
 def document_text(title: str | None, text: str) -> str:

@@ -25,6 +25,7 @@ from cluster.models import check_start, resolve_model
 from cluster.ray_session import SHORT_WAITS
 from cluster.registry import Registry
 from cluster.run_lease import HEARTBEAT_S, STALE_S, RunLease
+from cluster.sources import load_source
 from cluster.streams import TupleIndex
 from cluster.training_job import PhaseJob, run_worker
 from cluster.training_log import ProgressDisplay, StepRecord, read_log
@@ -80,7 +81,7 @@ def train_phase(
     Raises:
         TrainingError: the run is in use elsewhere, its loss is no number, or its workers failed more
             often than ``max_failures``.
-        DataError: a training set is malformed.
+        DataError: a training set or the source of ``validation`` is malformed.
         ConfigError: a tracker of ``track`` is not installed, or the phase starts from a published model with
             other settings than ``model.colbert``.
         ArtifactNotFound: the start or a training set is not published.
@@ -92,6 +93,8 @@ def train_phase(
     index, digest = _tuple_index(registry, data)
     init = resolve_model(recipe, registry, config.init)
     check_start(recipe, registry, config, init)
+    if config.validation is not None:
+        load_source(recipe, config.validation.source)  # workers load it, too late to be told of a mistake
     checkpoints = RunCheckpoints(registry.store, run)
     lease = RunLease(
         registry.store,

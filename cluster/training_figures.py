@@ -158,9 +158,17 @@ class StepFigures:
         return bool(self._columns["report_due"].any())
 
     def record(
-        self, update: StepOutcome, *, epoch: float, seconds: float, workers: int, precision: Precision
+        self,
+        update: StepOutcome,
+        *,
+        epoch: float,
+        seconds: float,
+        workers: int,
+        precision: Precision,
+        validation: dict[str, float],
+        validation_s: float,
     ) -> StepRecord:
-        """The step's log record."""
+        """The step's log record; arguments as its attributes."""
 
         def total(name: str) -> float:
             return float(self._columns[name].sum())
@@ -187,4 +195,6 @@ class StepFigures:
             precision=precision,
             save_s=float(self._columns["save"].max()),
             uploading=bool(self._columns["uploading"].any()),
+            validation=validation,
+            validation_s=validation_s,
         )

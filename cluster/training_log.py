@@ -61,6 +61,8 @@ class StepRecord(FrozenModel):
         dropped_tokens: tokens cut off, of documents and queries.
         workers: how many took part.
         precision: what the step was computed in.
+        validation: what was measured of the model of this step, by metric; empty where nothing was due.
+        validation_s: how long that took, which is no part of ``seconds``.
     """
 
     step: int
@@ -84,12 +86,18 @@ class StepRecord(FrozenModel):
     save_s: float = 0.0
     uploading: bool = False
     precision: Literal["fp32", "bf16", "autocast"] | None = None
+    validation: dict[str, float] = Field(default_factory=dict)
+    validation_s: float = 0.0
 
     def scalars(self) -> dict[str, float]:
-        """The figures by name, terms of the loss as ``loss/<term>``."""
-        plain = self.model_dump(exclude={"step", "parts", "precision"})
+        """The figures by name, terms of the loss as ``loss/<term>``, metrics as ``validation/nDCG_at_10``."""
+        plain = self.model_dump(exclude={"step", "parts", "precision", "validation", "validation_s"})
         terms = {f"loss/{name}": value for name, value in self.parts.items()}
-        return {name: float(value) for name, value in {**plain, **terms}.items()}
+        # MLflow refuses names with an @.
+        measured = {f"validation/{name.replace('@', '_at_')}": v for name, v in self.validation.items()}
+        if measured:
+            measured["validation_s"] = self.validation_s
+        return {name: float(value) for name, value in {**plain, **terms, **measured}.items()}
 
 
 class RunLog:
@@ -102,6 +110,9 @@ class RunLog:
         steps: length of the run.
         attempt: distinguishes the TensorBoard files of restarts.
         trackers: services that get every record too.
+
+    Attributes:
+        latest: the last step's figures and what was measured last, as :func:`figures_of` takes them.
     """
 
     def __init__(
@@ -121,7 +132,8 @@ class RunLog:
         self._pending: list[StepRecord] = []
         self._directory = Path(tempfile.mkdtemp(prefix="raycolbert-log-"))
         self._curves = SummaryWriter(str(self._directory), purge_step=start + 1 if start else None)
-        self._latest: dict[str, JsonValue] = {"step": start, "steps": steps}
+        self.latest: dict[str, JsonValue] = {"step": start, "steps": steps}
+        self._measured: JsonValue = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, name="progress", daemon=True)
         self._thread.start()
@@ -129,11 +141,14 @@ class RunLog:
     def add(self, record: StepRecord) -> None:
         """Takes a finished step."""
         self._pending.append(record)
-        self._latest = {"steps": self._steps, **record.model_dump(mode="json")}
+        if record.validation:
+            self._measured = {"step": record.step, "metrics": dict(record.validation)}
+        latest = record.model_dump(mode="json", exclude={"validation"})
+        self.latest = {"steps": self._steps, **latest, "validation": self._measured}
         figures = {f"train/{name}": value for name, value in record.scalars().items()}
         for tracker in self._trackers:
             tracker.log(record.step, figures)
-        if record.step % self._every == 0 or record.step == self._steps:
+        if record.step % self._every == 0 or record.step == self._steps or record.validation:
             for name, value in figures.items():
                 self._curves.add_scalar(name, value, record.step)
 
@@ -158,7 +173,7 @@ class RunLog:
         self._thread.join()
         self._curves.close()
         for tracker in self._trackers:
-            tracker.close(finished=self._latest["step"] == self._steps)
+            tracker.close(finished=self.latest["step"] == self._steps)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _show(self) -> None:
@@ -166,7 +181,7 @@ class RunLog:
         while not self._stop.wait(PROGRESS_S):
             # Only a display: storage that is away for a moment must not stop the run.
             with suppress(StorageError):
-                self._store.put(f"{self._prefix}progress.json", json.dumps(self._latest).encode("utf-8"))
+                self._store.put(f"{self._prefix}progress.json", json.dumps(self.latest).encode("utf-8"))
 
 
 def read_log(store: ObjectStore, prefix: str) -> list[StepRecord]:
@@ -263,7 +278,9 @@ def figures_of(latest: dict[str, Any]) -> str:
     """The figures of :func:`read_progress` that a progress line has room for."""
     if "loss" not in latest:
         return ""
+    measured = latest.get("validation") or {}
+    metrics = "".join(f"{name} {value:.4f}  " for name, value in measured.get("metrics", {}).items())
     return (
-        f"loss {latest['loss']:.4f}  lr {latest['lr']:.2e}  {latest['tokens_per_s']:,.0f} tokens/s  "
+        f"loss {latest['loss']:.4f}  {metrics}lr {latest['lr']:.2e}  {latest['tokens_per_s']:,.0f} tokens/s  "
         f"padding {latest['padding_fraction']:.0%}  data wait {latest['data_wait_s']:.2f} s"
     )

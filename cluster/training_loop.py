@@ -29,6 +29,7 @@ from cluster.training_saves import RunSaves
 from cluster.training_step import UnitObjective, UnitOutcome, UnitWork
 from cluster.training_trackers import open_trackers
 from cluster.training_units import TokenisedUnit, UnitSource, UnitStream
+from cluster.validation import Validation
 from colbert_core.allocator import GrowthLimit
 from colbert_core.errors import RaycolbertError, TrainingError
 
@@ -65,6 +66,9 @@ class TrainingLoop:
         )
         self._saves = RunSaves(job, self._engine, registry, self._group, attempt)
         self._saves.resume()
+        self._validation: Validation | None = None
+        if self._phase.validation is not None:
+            self._validation = Validation(job, self._engine, registry, self._group)
         self._memory = GrowthLimit()
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._unreported: list[dict[str, float]] = []
@@ -130,13 +134,19 @@ class TrainingLoop:
             except TrainingError as error:
                 labels = self._all_of([label for unit in units for label in unit.labels])
                 return (TrainingError.__name__, f"{error}; its tuples are {', '.join(labels)}")
+            made = time.perf_counter()
+            validation, problem = self._validate()
+            if problem is not None:
+                return problem
             now = time.perf_counter()
             record = figures.record(
                 update,
                 epoch=self._epoch(),
-                seconds=now - begin,
+                seconds=made - begin,
                 workers=self._group.count,
                 precision=self._precision,
+                validation=validation,
+                validation_s=now - made if validation else 0.0,
             )
             begin = now
             self._recent.append(record.loss)
@@ -198,6 +208,15 @@ class TrainingLoop:
             report_due=first and now - self._last_report >= REPORT_S,
         )
         return StepFigures(self._group.gather(row))
+
+    def _validate(self) -> tuple[dict[str, float], tuple[str, str] | None]:
+        """What is measured of the model of this step, if it is due, or why it cannot be; collective."""
+        if self._validation is None or not self._validation.due(self._engine.step):
+            return {}, None
+        try:
+            return self._validation.measure(), None
+        except RaycolbertError as error:
+            return {}, (type(error).__name__, f"validation of step {self._engine.step}: {error}")
 
     def _after_step(self, record: StepRecord, figures: StepFigures) -> None:
         """Saves, publishes and reports as due."""

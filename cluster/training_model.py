@@ -1,12 +1,17 @@
-"""The model made ready for a training phase, and the precision it computes in."""
+"""The model made ready for a training phase, the precision it computes in, and what is exported of it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from cluster.artifacts import ArtifactRef
 from cluster.config import TrainPhase
 from cluster.engine import Precision
+from cluster.models import load_model_ref
+from cluster.registry import Registry
 from cluster.training_figures import WorkerGroup
 from colbert_core.attention import CPU_ATTENTION
 from colbert_core.encoder import ColBERT
@@ -36,6 +41,29 @@ def prepare_model(model: ColBERT, phase: TrainPhase) -> ColBERT:
         # On a CPU the backward pass of torch's fused attention takes twice as long as the plain one.
         model.backbone.set_attn_implementation(CPU_ATTENTION)
     return model.train()
+
+
+def exported_model(registry: Registry, start: ArtifactRef, weights: Mapping[str, torch.Tensor]) -> ColBERT:
+    """A model as it is published: a fresh copy of the phase's start, with the weights that were trained.
+
+    Parameters that were frozen, and perhaps rounded to bf16 in the live model, are as they were.
+
+    Args:
+        registry: where the start is.
+        start: what the phase started from.
+        weights: x in fp32, by name.
+    """
+    model = load_model_ref(registry, start)
+    load_weights(model, weights)
+    return model
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copies weights into a model by parameter name; parameters not named stay as they are."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
 
 
 def agreed_precision(phase: TrainPhase, group: WorkerGroup) -> Precision:

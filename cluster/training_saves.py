@@ -10,16 +10,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from cluster.artifacts import phase_fingerprint, phase_ref
 from cluster.checkpoints import BackgroundSave, RunCheckpoints, SavedStep
 from cluster.engine import TrainingEngine
-from cluster.models import load_model_ref, save_for_registry
+from cluster.models import save_for_registry
 from cluster.registry import Parent, Registry
 from cluster.training_figures import WorkerGroup
 from cluster.training_job import PhaseJob
 from cluster.training_log import RunLog, StepRecord
+from cluster.training_model import exported_model
 from colbert_core.errors import VersionExists
 
 
@@ -166,10 +166,7 @@ class RunSaves:
         ref = phase_ref(job.recipe, job.phase.name, step)
         if self._registry.exists(ref):
             return
-        # A fresh copy of the start: parameters that were frozen, and perhaps rounded to bf16 in the
-        # live model, are published as they were.
-        model = load_model_ref(self._registry, job.init)
-        load_weights(model, weights)
+        model = exported_model(self._registry, job.init, weights)
         folder = tempfile.TemporaryDirectory(prefix="raycolbert-publish-")
         save_for_registry(model, Path(folder.name) / "model")
         metrics = {"step": step, **({"loss": sum(recent) / len(recent)} if recent else {})}
@@ -211,11 +208,3 @@ class RunSaves:
             yield
         finally:
             self._blocked_s += time.perf_counter() - begin
-
-
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copies weights into a model by parameter name; parameters not named stay as they are."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)

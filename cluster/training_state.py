@@ -123,14 +123,6 @@ class FullState:
         for name in self.parameters:
             self.write_module(name, self.get(name))
 
-    def read_module(self, name: str) -> torch.Tensor:
-        """A copy of what the module computes with, in its own dtype."""
-        parameter = self.parameters[name]
-        if self._stage == 3:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                return parameter.detach().clone()
-        return parameter.detach().clone()
-
     def write_module(self, name: str, value: torch.Tensor) -> None:
         """Sets what the module computes with; fp32 weights under ZeRO or bf16 stay as they are."""
         parameter = self.parameters[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,29 @@ def render(report: Report) -> str:
         undefined=jinja2.StrictUndefined,
     )
     evaluation = report.details.get("evaluate", {})
-    curves = report.details.get("train", {}).get("loss_curves", {})
     return environment.get_template("report.html").render(
         report=report,
         sources=[
             _score_table(source, evaluation, scores)
             for source, scores in evaluation.get("scores", {}).items()
         ],
-        charts=[(phase, line_chart(points)) for phase, points in curves.items() if len(points) > 1],
+        charts=[
+            (title, line_chart(points))
+            for title, points in _training_curves(report.details.get("train", {}))
+            if len(points) > 1
+        ],
         answers=report.details.get("answers", []),
         production=report.details.get("production", {}),
         total_seconds=sum(report.timings.values()),
     )
+
+
+def _training_curves(details: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[tuple[float, float]]]]:
+    """Titles and points of what the phases left by step."""
+    for phase, points in details.get("loss_curves", {}).items():
+        yield f"Loss of “{phase}”", points
+        for metric, values in details.get("validation_curves", {}).get(phase, {}).items():
+            yield f"{metric} of “{phase}”, measured while it trained", values
 
 
 def _score_table(source: str, evaluation: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def run(recipe: Recipe, phase: str | None = None) -> Report:
         phase: only this one; what it starts from must have been trained.
 
     Returns:
-        Per phase the loss, throughput, padding and shared documents; under ``details["loss_curves"]``
-        the loss by step.
+        Per phase the loss, throughput, padding and shared documents, and the last of what was measured by
+        ``validation``; under ``details["loss_curves"]`` and ``details["validation_curves"]`` values by step.
 
     Raises:
         ConfigError: the recipe has no training phase, or none of this name.
@@ -78,6 +78,13 @@ def _add(report: Report, phase: str, result: PhaseResult) -> None:
         "truncated_queries": sum(record.truncated_queries for record in records),
         **{f"checkpoint_{name}": value for name, value in result.saves.items()},
     }
+    measured = [record for record in records if record.validation]
+    if measured:
+        figures |= measured[-1].validation
+        report.details.setdefault("validation_curves", {})[phase] = {
+            metric: [[record.step, record.validation[metric]] for record in measured]
+            for metric in measured[-1].validation
+        }
     report.metrics.update({f"{phase}.{name}": float(value) for name, value in figures.items()})
     report.artifacts.append(str(result.ref))
     curves = report.details.setdefault("loss_curves", {})

@@ -20,6 +20,7 @@ from cluster.config import Recipe, StorageConfig, parse_recipe
 from cluster.models import ensure_base
 from cluster.registry import Registry
 from cluster.streams import TupleWriter
+from tests.tiny_data import word_source
 from tests.tiny_models import WORDS, tiny_bert_dir
 
 TUPLES = 50
@@ -69,6 +70,15 @@ def training_recipe(
             "train": [{**settings, **phase}],
         }
     )
+
+
+def validated(recipe: Recipe, folder: Path, every_steps: int) -> Recipe:
+    """The recipe with its phase measured on a source ``dev``, which is written into ``folder``."""
+    paths = word_source(folder / "dev", documents=60, queries=200)
+    tree = recipe.model_dump(mode="json")
+    tree["data"]["sources"]["dev"] = {kind: str(folder / path) for kind, path in paths.items()}
+    tree["train"][0]["validation"] = {"source": "dev", "every_steps": every_steps}
+    return parse_recipe(tree)
 
 
 def publish_inputs(

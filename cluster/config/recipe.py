@@ -58,6 +58,8 @@ class Recipe(FrozenModel):
         for position, phase in enumerate(self.train):
             for tuple_name in phase.data:
                 check(f"train.{position}.data", tuple_name, tuples, "tuple set")
+            if phase.validation:
+                check(f"train.{position}.validation.source", phase.validation.source, sources, "data source")
             if phase.name in ("base", "averaged"):
                 raise ValueError(f"train.{position}.name: {phase.name!r} is reserved")
             if "@" not in phase.init:

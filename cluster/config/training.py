@@ -62,6 +62,17 @@ class CheckpointConfig(FrozenModel):
         return self
 
 
+class ValidationConfig(FrozenModel):
+    """The exported view (x) measured on a labelled source while a phase trains; training waits for it."""
+
+    source: Name = Field(description="a data source; all its documents are encoded each time")
+    metric: Metric = "nDCG@10"
+    every_steps: int = Field(ge=1, description="the last step is measured, too")
+    max_queries: int | None = Field(
+        None, ge=1, description="a sample of the labelled questions by the recipe's seed; default: all"
+    )
+
+
 class TrainPhase(FrozenModel):
     """One training run. Pre-training and post-training differ in their recipe only."""
 
@@ -96,6 +107,7 @@ class TrainPhase(FrozenModel):
     threads_per_worker: int | None = Field(None, ge=1, description="torch threads; default: cpus_per_worker")
     max_failures: int = Field(3, ge=-1, description="restarts by Ray Train; -1: no bound")
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig | None = None
 
     @property
     def published_steps(self) -> tuple[int, ...]:

@@ -201,10 +201,14 @@ class VectorCache:
 
 
 class KeptVectors:
-    """Vectors that one encoder has made of queries and of documents."""
+    """Vectors that one encoder has made of queries and of documents.
 
-    def __init__(self) -> None:
-        limit = _limit()
+    Args:
+        limit: bytes of documents' vectors kept, and an eighth of it for queries'; default: by the machine.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        limit = _limit() if limit is None else limit
         self.queries = VectorCache(limit // 8)
         self.documents = VectorCache(limit)
 

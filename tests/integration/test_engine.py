@@ -37,10 +37,6 @@ def test_views_equal_plain_pytorch(measured: Path, stage: int, precision: str, w
     assert found["x"] <= bound
     assert found["norm"] <= max(bound, 1e-5)
     assert found["counters"] == [STEPS, STEPS]
-    assert found["restored"] == 0.0
-    # bf16 modules hold x rounded.
-    assert found["inside is x"] <= (1e-2 if precision == "bf16" else 0.0)
-    assert found["forward of x"] == 0.0
     assert found["resumed y"] == found["resumed x"] == 0.0
 
 

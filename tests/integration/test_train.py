@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.artifacts import base_ref, phase_ref, tuples_ref
+from cluster.artifacts import ArtifactRef, base_ref, phase_ref, tuples_ref
 from cluster.checkpoints import RunCheckpoints
 from cluster.config import Recipe
+from cluster.evaluation import evaluate_model
+from cluster.models import save_for_registry
 from cluster.registry import Registry
 from cluster.streams import TupleIndex, UnitSchedule
 from cluster.trainer import PhaseResult, run_name, train_phase
+from cluster.training_model import load_weights
 from cluster.training_units import UnitSource, UnitStream
 from colbert_core.encoder import ColBERT
 from colbert_core.errors import DataError, TrainingError
@@ -36,6 +39,7 @@ from tests.tiny_training import (
     published_weights,
     train_workers,
     training_recipe,
+    validated,
 )
 
 STEPS = 200
@@ -190,6 +194,8 @@ def test_workers_killed_at_random_steps_and_in_a_save_change_nothing(
         storage = s3_server.storage(cache_dir=str(tmp_path / "cache"))
         storage = storage.model_copy(update={"endpoint_url": proxy.url})
         recipe = training_recipe(tmp_path, base=undisturbed.recipe.model.base, storage=storage, **phase)
+        # Measured on the way, too, which the undisturbed run was not.
+        recipe = validated(recipe, tmp_path, every_steps=30)
         registry = publish_inputs(recipe)
         checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
         # The first save takes three seconds to arrive.
@@ -232,6 +238,50 @@ def test_workers_killed_at_random_steps_and_in_a_save_change_nothing(
                 for reg, rec in ((registry, recipe), (undisturbed.registry, undisturbed.recipe))
             )
             assert furthest(found, wanted) == 0.0
+        assert_published_models_were_measured(recipe, registry, result)
+
+
+def assert_published_models_were_measured(recipe: Recipe, registry: Registry, result: PhaseResult) -> None:
+    """At steps 30, 60, …, 180, 200: what ``evaluate`` finds of the models published at 60, 120, 180, 200."""
+    measured = {record.step: record for record in result.records if record.validation}
+    assert list(measured) == [30, 60, 90, 120, 150, 180, STEPS]
+    assert all(record.validation.keys() == {"nDCG@10"} for record in measured.values())
+    assert all(record.validation_s > 0 for record in measured.values())
+    for step in (60, 120, 180, STEPS):
+        value = evaluate_model(recipe, registry, phase_ref(recipe, "p", step), "dev", "nDCG@10")
+        # Parts of the documents are encoded in other batches, which rounds otherwise.
+        assert measured[step].validation["nDCG@10"] == pytest.approx(value, abs=0.002), step
+
+
+def test_what_is_measured_is_x_and_not_y(cluster: None, tmp_path: Path) -> None:
+    settings = {"optimizer": {"lr": 3e-2, "warmup_steps": 2}, "steps": 6, "checkpoint": {"every_steps": 6}}
+    recipe = training_recipe(tmp_path, **settings)
+    recipe = validated(recipe, tmp_path, every_steps=4)
+    registry = publish_inputs(recipe)
+    result = train_phase(recipe, "p", registry)
+    assert [record.step for record in result.records if record.validation] == [4, 6]
+    x = evaluate_model(recipe, registry, result.ref, "dev", "nDCG@10")
+    assert result.records[-1].validation["nDCG@10"] == pytest.approx(x, abs=0.002)
+    saved = RunCheckpoints(registry.store, run_name(recipe, "p"))
+    latest = saved.latest()
+    assert latest is not None
+    saved.download(latest, tmp_path)
+    state = load_file(next(tmp_path.glob("*.safetensors")))
+    model = load_model(registry.pull(result.ref))
+    load_weights(model, {key[2:]: value for key, value in state.items() if key.startswith("y/")})
+    save_for_registry(model, tmp_path / "y")
+    y = ArtifactRef("models", "m", "y")
+    registry.publish(y, tmp_path / "y")
+    assert abs(evaluate_model(recipe, registry, y, "dev", "nDCG@10") - x) > 0.02
+
+
+def test_a_source_that_is_missing_is_told_of_before_training(cluster: None, tmp_path: Path) -> None:
+    recipe = validated(training_recipe(tmp_path), tmp_path, every_steps=4)
+    registry = publish_inputs(recipe)
+    (tmp_path / "dev" / "queries.parquet").unlink()
+    with pytest.raises(DataError, match=r"no file '.*dev/queries\.parquet'"):
+        train_phase(recipe, "p", registry)
+    assert RunCheckpoints(registry.store, run_name(recipe, "p")).latest() is None
 
 
 def test_tuples_of_a_step_do_not_depend_on_the_number_of_workers(undisturbed: Finished) -> None:

@@ -151,6 +151,7 @@ def test_a_version_changes_with_what_determines_it_and_so_do_its_descendants(
         ("train.0.token_budget", 4096),
         ("train.0.max_failures", 0),
         ("train.0.checkpoint", {"every_steps": 5, "keep_last": 1, "publish_every_steps": 5}),
+        ("train.0.validation", {"source": "test", "every_steps": 5}),
         ("index.encode_workers", 4),
         ("index.cpus_per_worker", 2.0),
         ("index.gpus_per_worker", 1.0),

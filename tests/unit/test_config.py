@@ -262,6 +262,11 @@ def test_replicas_are_in_order(key: str, value: list[int]) -> None:
         ),
         ("data.tuples.mined.score.scorers", {"nope": 1}, "data.tuples.mined.score.scorers: no scorer 'nope'"),
         ("train.0.data", ["nope"], "train.0.data: no tuple set 'nope'; there are: given, mined"),
+        (
+            "train.0.validation",
+            {"source": "nope", "every_steps": 5},
+            "train.0.validation.source: no data source 'nope'; there are: test, train",
+        ),
         ("average.inputs.0.phase", "nope", "average.inputs.0.phase: no phase 'nope'; there are: post, pre"),
         ("average.greedy", {"source": "nope"}, "average.greedy.source: no data source 'nope'"),
         ("index.sources", ["nope"], "index.sources: no data source 'nope'"),

@@ -13,8 +13,7 @@ import torch
 
 from cluster.config import TrainPhase
 from cluster.streams import TrainingTuple, UnitSlot
-from cluster.training_model import prepare_model
-from cluster.training_saves import load_weights
+from cluster.training_model import load_weights, prepare_model
 from cluster.training_step import UnitObjective
 from cluster.training_units import TokenisedUnit, pack_unit, tokenise_unit, unpack_unit
 from colbert_core.config import ColBERTConfig
