@@ -261,7 +261,8 @@ def test_what_is_measured_is_x_and_not_y(cluster: None, tmp_path: Path) -> None:
     result = train_phase(recipe, "p", registry)
     assert [record.step for record in result.records if record.validation] == [4, 6]
     x = evaluate_model(recipe, registry, result.ref, "dev", "nDCG@10")
-    assert result.records[-1].validation["nDCG@10"] == pytest.approx(x, abs=0.002)
+    # One worker encodes the same batches.
+    assert result.records[-1].validation["nDCG@10"] == pytest.approx(x, abs=1e-9)
     saved = RunCheckpoints(registry.store, run_name(recipe, "p"))
     latest = saved.latest()
     assert latest is not None
@@ -272,7 +273,7 @@ def test_what_is_measured_is_x_and_not_y(cluster: None, tmp_path: Path) -> None:
     save_for_registry(model, tmp_path / "y")
     y = ArtifactRef("models", "m", "y")
     registry.publish(y, tmp_path / "y")
-    assert abs(evaluate_model(recipe, registry, y, "dev", "nDCG@10") - x) > 0.02
+    assert abs(evaluate_model(recipe, registry, y, "dev", "nDCG@10") - x) > 1e-3
 
 
 def test_a_source_that_is_missing_is_told_of_before_training(cluster: None, tmp_path: Path) -> None:
