@@ -51,6 +51,7 @@ SCHEMA_VERSION = 1
 TENSORS_FILE = "codec.safetensors"
 DESCRIPTION_FILE = "codec.json"
 CHUNK = 16_384  # vectors encoded at a time
+FEW_POINTS = 16  # vectors of a sample for each centroid; the PLAID rule gives 100,000 vectors 20
 FITTED = 200_000  # vectors of the sample that the scales are fitted to, about
 MAX_DIM = 1024  # integer products of int8 rows this long are exact as float32, too
 WIDTH_MULTIPLE = 16  # rotated vectors are padded to whole SIMD lanes
@@ -177,6 +178,11 @@ class Codec:
         if count < wanted:
             notes.append(
                 f"{wanted} centroids were asked for, the sample has {count} vectors: trained {count}"
+            )
+        elif len(sample) < (total_tokens or 0) and len(sample) < FEW_POINTS * count:
+            notes.append(
+                f"{count} centroids are trained from a sample of {len(sample)} vectors, fewer than "
+                f"{FEW_POINTS} for each: a larger sample_tokens, or fewer centroids, would fit better"
             )
         means = train_centroids(
             rotated,

@@ -106,6 +106,14 @@ def test_a_small_sample_gets_fewer_centroids_and_says_so() -> None:
     assert len(codec.centroids) == 10
     assert codec.training["notes"] == ["64 centroids were asked for, the sample has 10 vectors: trained 10"]
     assert train_codec(CORPUS).training["notes"] == []
+    part = CORPUS.vectors[:1000]
+    few = CodecConfig(centroids=64, kmeans_iterations=1)
+    assert Codec.train(part, few, threads=1, total_tokens=10_000).training["notes"] == [
+        "64 centroids are trained from a sample of 1000 vectors, fewer than 16 for each: a larger "
+        "sample_tokens, or fewer centroids, would fit better"
+    ]
+    # A corpus that is no larger has no more to give.
+    assert Codec.train(part, few, threads=1, total_tokens=1000).training["notes"] == []
     one = Codec.train(CORPUS.vectors[:1], CodecConfig(), threads=1)
     np.testing.assert_allclose(one.decode(one.encode(CORPUS.vectors[:1])), CORPUS.vectors[:1], atol=0.02)
 
