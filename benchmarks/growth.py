@@ -94,13 +94,13 @@ def main() -> int:
             search(rows, processes, scores, rounds, folder)
     fits = {name: exponent(rows, name) for name in FITTED}
     console.print(growth_table(rows, about), fit_table(fits))
-    shape = {
-        "probes": SearchConfig().probes,
-        "query_vectors": float(np.mean([len(query) for query in whole.queries])),
-    }
-    costs = UnitCosts.of(rows[-1], threads=options.threads, **shape)
-    dim = whole.vectors.shape[1]
-    scaled = [carried_on(costs, **shape, dim=dim, centroids=count) for count in BUDGETS]
+    asked, dim = float(np.mean([len(query) for query in whole.queries])), whole.vectors.shape[1]
+    probes = SearchConfig().probes
+    costs = UnitCosts.of(rows[-1], threads=options.threads, probes=probes, query_vectors=asked)
+    scaled = [
+        carried_on(costs, search=SearchConfig(), query_vectors=asked, dim=dim, centroids=count)
+        for count in BUDGETS
+    ]
     console.print(scale_table(scaled))
     half = half_way(rows)
     console.print(

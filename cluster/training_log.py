@@ -61,7 +61,7 @@ class StepRecord(FrozenModel):
         dropped_tokens: tokens cut off, of documents and queries.
         workers: how many took part.
         precision: what the step was computed in.
-        validation: what was measured of the model of this step, by metric; empty where nothing was due.
+        validation: what was measured of the model of this step, by source and metric; empty if nothing was.
         validation_s: how long that took, which is no part of ``seconds``.
     """
 
@@ -90,7 +90,7 @@ class StepRecord(FrozenModel):
     validation_s: float = 0.0
 
     def scalars(self) -> dict[str, float]:
-        """The figures by name, terms of the loss as ``loss/<term>``, metrics as ``validation/nDCG_at_10``."""
+        """The figures by name; terms of the loss as ``loss/kl``, metrics as ``validation/dev/nDCG_at_10``."""
         plain = self.model_dump(exclude={"step", "parts", "precision", "validation", "validation_s"})
         terms = {f"loss/{name}": value for name, value in self.parts.items()}
         # MLflow refuses names with an @.
@@ -279,7 +279,10 @@ def figures_of(latest: dict[str, Any]) -> str:
     if "loss" not in latest:
         return ""
     measured = latest.get("validation") or {}
-    metrics = "".join(f"{name} {value:.4f}  " for name, value in measured.get("metrics", {}).items())
+    metrics = "".join(
+        f"{name} {value:.4f} (step {measured['step']})  "
+        for name, value in measured.get("metrics", {}).items()
+    )
     return (
         f"loss {latest['loss']:.4f}  {metrics}lr {latest['lr']:.2e}  {latest['tokens_per_s']:,.0f} tokens/s  "
         f"padding {latest['padding_fraction']:.0%}  data wait {latest['data_wait_s']:.2f} s"

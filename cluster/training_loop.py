@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.train
@@ -29,9 +29,11 @@ from cluster.training_saves import RunSaves
 from cluster.training_step import UnitObjective, UnitOutcome, UnitWork
 from cluster.training_trackers import open_trackers
 from cluster.training_units import TokenisedUnit, UnitSource, UnitStream
-from cluster.validation import Validation
 from colbert_core.allocator import GrowthLimit
-from colbert_core.errors import RaycolbertError, TrainingError
+from colbert_core.errors import RaycolbertError, StorageError, TrainingError
+
+if TYPE_CHECKING:
+    from cluster.validation import Validation
 
 # A report to Ray Train makes all workers wait until the controller, which looks every 2 seconds, has taken
 # the one before: each carries all steps since then.
@@ -68,6 +70,8 @@ class TrainingLoop:
         self._saves.resume()
         self._validation: Validation | None = None
         if self._phase.validation is not None:
+            from cluster.validation import Validation  # with all scorers, which other runs need not import
+
             self._validation = Validation(job, self._engine, registry, self._group)
         self._memory = GrowthLimit()
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -215,6 +219,8 @@ class TrainingLoop:
             return {}, None
         try:
             return self._validation.measure(), None
+        except StorageError:
+            raise  # the workers may be luckier when they are started again
         except RaycolbertError as error:
             return {}, (type(error).__name__, f"validation of step {self._engine.step}: {error}")
 

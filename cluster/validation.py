@@ -52,15 +52,17 @@ class Validation:
         return step % self._settings.every_steps == 0 or step == self._job.phase.steps
 
     def measure(self) -> dict[str, float]:
-        """The metric's mean over the source's labelled queries, by its name; collective.
+        """The metric's mean over the source's labelled queries, as ``<source>/<metric>``; collective.
 
         Raises:
             RaycolbertError: on all workers, what one of them met, such as a vector that is no number.
         """
-        weights = self._engine.averaged_weights()
         part: tuple[NDArray[np.int64], NDArray[np.float32]] | RaycolbertError
         try:
-            found = self._search(exported_model(self._registry, self._job.init, weights))
+            weights = self._engine.averaged_weights()
+            model = exported_model(self._registry, self._job.init, weights)
+            del weights
+            found = self._search(model)
             part = found.positions, found.scores
         except RaycolbertError as error:
             part = error
@@ -71,7 +73,9 @@ class Validation:
                 raise each
             top.merge_documents(0, *each)
         run = {query: dict(hits) for query, hits in zip(queries, top.ranking(), strict=True)}
-        return evaluate_run(run, self._source.qrels, [self._settings.metric])
+        metric = self._settings.metric
+        value = evaluate_run(run, self._source.qrels, [metric])[metric]
+        return {f"{self._settings.source}/{metric}": value}
 
     def _search(self, model: ColBERT) -> Ranking:
         """The best of this worker's part of the documents."""

@@ -78,13 +78,14 @@ def _add(report: Report, phase: str, result: PhaseResult) -> None:
         "truncated_queries": sum(record.truncated_queries for record in records),
         **{f"checkpoint_{name}": value for name, value in result.saves.items()},
     }
-    measured = [record for record in records if record.validation]
+    # A run that was resumed may have been measured otherwise before.
+    measured: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for name, value in record.validation.items():
+            measured.setdefault(name, []).append((record.step, value))
     if measured:
-        figures |= measured[-1].validation
-        report.details.setdefault("validation_curves", {})[phase] = {
-            metric: [[record.step, record.validation[metric]] for record in measured]
-            for metric in measured[-1].validation
-        }
+        figures |= {name: points[-1][1] for name, points in measured.items()}
+        report.details.setdefault("validation_curves", {})[phase] = measured
     report.metrics.update({f"{phase}.{name}": float(value) for name, value in figures.items()})
     report.artifacts.append(str(result.ref))
     curves = report.details.setdefault("loss_curves", {})

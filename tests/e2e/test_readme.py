@@ -95,6 +95,7 @@ class World:
     def __init__(self, root: Path) -> None:
         self.root = root
         settings = tiny_settings(root) | {
+            "train.0.validation.every_steps": 1,
             "train.1.steps": 1,
             "train.1.num_workers": 1,
             "train.1.queries_per_step": 8,
@@ -167,6 +168,10 @@ def test_what_the_pipeline_made_is_published_and_promoted(world: World, pipeline
 def test_the_report_page_is_self_contained(world: World, pipeline: dict) -> None:
     page = (world.root / "report" / "report.html").read_text(encoding="utf-8")
     assert "<polyline" in page
+    assert "dev/nDCG@10 of “pretrain”, measured while it trained" in page
+    measured = pipeline["details"]["train"]["validation_curves"]
+    assert [step for step, _ in measured["pretrain"]["dev/nDCG@10"]] == [1, 2]
+    assert [step for step, _ in measured["posttrain"]["dev/nDCG@10"]] == [1]
     assert all(system in page for system in world.recipe.evaluate.systems)
     assert not re.search(r"""(src|href)=["'](?!#)""", page)
 

@@ -245,12 +245,12 @@ def assert_published_models_were_measured(recipe: Recipe, registry: Registry, re
     """At steps 30, 60, …, 180, 200: what ``evaluate`` finds of the models published at 60, 120, 180, 200."""
     measured = {record.step: record for record in result.records if record.validation}
     assert list(measured) == [30, 60, 90, 120, 150, 180, STEPS]
-    assert all(record.validation.keys() == {"nDCG@10"} for record in measured.values())
+    assert all(record.validation.keys() == {"dev/nDCG@10"} for record in measured.values())
     assert all(record.validation_s > 0 for record in measured.values())
     for step in (60, 120, 180, STEPS):
         value = evaluate_model(recipe, registry, phase_ref(recipe, "p", step), "dev", "nDCG@10")
         # Parts of the documents are encoded in other batches, which rounds otherwise.
-        assert measured[step].validation["nDCG@10"] == pytest.approx(value, abs=0.002), step
+        assert measured[step].validation["dev/nDCG@10"] == pytest.approx(value, abs=0.002), step
 
 
 def test_what_is_measured_is_x_and_not_y(cluster: None, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_what_is_measured_is_x_and_not_y(cluster: None, tmp_path: Path) -> None:
     assert [record.step for record in result.records if record.validation] == [4, 6]
     x = evaluate_model(recipe, registry, result.ref, "dev", "nDCG@10")
     # One worker encodes the same batches.
-    assert result.records[-1].validation["nDCG@10"] == pytest.approx(x, abs=1e-9)
+    assert result.records[-1].validation["dev/nDCG@10"] == pytest.approx(x, abs=1e-9)
     saved = RunCheckpoints(registry.store, run_name(recipe, "p"))
     latest = saved.latest()
     assert latest is not None

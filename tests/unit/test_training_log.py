@@ -102,18 +102,18 @@ def test_curves_hold_every_figure(store: ObjectStore) -> None:
 def test_what_was_measured_is_in_the_curves_and_on_the_progress_line(store: ObjectStore) -> None:
     # So long a run that curves get every second step.
     log = RunLog(store, "runs/r/", start=0, steps=2 * training_log.CURVE_POINTS, attempt="one")
-    log.add(record(1, validation={"nDCG@10": 0.25}, validation_s=3.0))
+    log.add(record(1, validation={"dev/nDCG@10": 0.25}, validation_s=3.0))
     log.add(record(2))
-    assert "nDCG@10 0.2500" in training_log.figures_of(log.latest)
+    assert "dev/nDCG@10 0.2500 (step 1)  lr" in training_log.figures_of(log.latest)
     log.store(log.take())
     log.close()
-    assert [each.validation for each in read_log(store, "runs/r/")] == [{"nDCG@10": 0.25}, {}]
+    assert [each.validation for each in read_log(store, "runs/r/")] == [{"dev/nDCG@10": 0.25}, {}]
     curves = {
         (value.tag, event.step): value.simple_value
         for event in events(store, "runs/r/")
         for value in event.summary.value
     }
-    assert curves["train/validation/nDCG_at_10", 1] == 0.25
+    assert curves["train/validation/dev/nDCG_at_10", 1] == 0.25
     assert curves["train/validation_s", 1] == 3.0
     assert ("train/validation_s", 2) not in curves
 

@@ -138,7 +138,7 @@ def test_mlflow_goes_on_under_the_same_run(tmp_path: Path) -> None:
     for steps in ((1, 2), (3, 4)):
         (tracker,) = open_trackers(config, "m-p-0123", {"phase": {"optimizer": {"lr": 3e-5}}})
         for step in steps:
-            made = record(step, parts={"kl": 2 / step}, validation={"nDCG@10": 0.5})
+            made = record(step, parts={"kl": 2 / step}, validation={"dev/nDCG@10": 0.5})
             tracker.log(step, {f"train/{name}": value for name, value in made.scalars().items()})
         tracker.close(finished=steps[-1] == 4)
     client = mlflow.tracking.MlflowClient(uri)
@@ -149,7 +149,7 @@ def test_mlflow_goes_on_under_the_same_run(tmp_path: Path) -> None:
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in range(1, 5)]
     assert run.data.metrics["train/loss/kl"] == 0.5
-    assert run.data.metrics["train/validation/nDCG_at_10"] == 0.5
+    assert run.data.metrics["train/validation/dev/nDCG_at_10"] == 0.5
 
 
 def test_wandb_writes_an_offline_run(tmp_path: Path) -> None:
