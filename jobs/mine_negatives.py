@@ -62,10 +62,9 @@ def _mine(recipe: Recipe, name: str, config: Mining, registry: Registry, report:
             scorers = {scorer: build_scorer(recipe, scorer, source, registry) for scorer in names}
         else:
             stack.enter_context(ray_session(recipe))
-            workers = ScorerWorkers(
-                recipe, source, config.workers, config.cpus_per_worker, config.gpus_per_worker
+            workers = stack.enter_context(
+                ScorerWorkers(recipe, source, config.workers, config.cpus_per_worker, config.gpus_per_worker)
             )
-            stack.callback(workers.close)
             scorers = {scorer: DistributedScorer(scorer, workers) for scorer in names}
         mined = mine(source, config, scorers)
         statistics = {scorer: scorers[scorer].statistics() for scorer in names}

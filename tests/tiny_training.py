@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.artifacts import ArtifactRef, tuples_ref
+from cluster.checkpoints import RunCheckpoints
 from cluster.config import Recipe, StorageConfig, parse_recipe
 from cluster.models import ensure_base
 from cluster.registry import Registry
@@ -148,6 +149,39 @@ def train_workers() -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+class Killing:
+    """Kills something of a run, and notes what the run has in storage at that time.
+
+    Args:
+        checkpoints: of the run.
+        kill: what kills.
+
+    Attributes:
+        reached: the last step that could be gone on from.
+    """
+
+    def __init__(self, checkpoints: RunCheckpoints, kill: Callable[[], None]) -> None:
+        self.reached = 0
+        self._checkpoints, self._kill = checkpoints, kill
+        self._log: dict[str, bytes] = {}
+
+    def __call__(self) -> None:
+        self._kill()
+        self.reached = (self._checkpoints.steps() or [0])[-1]
+        self._log = self._stored_log()
+
+    def assert_nothing_was_repeated(self) -> None:
+        """No step up to the one reached has been made again: its record, with its times, is the same."""
+        assert sum(len(lines.splitlines()) for lines in self._log.values()) == self.reached
+        assert self._stored_log() == self._log
+
+    def _stored_log(self) -> dict[str, bytes]:
+        """The stored records of the steps up to the one reached, by key."""
+        store, prefix = self._checkpoints.store, f"{self._checkpoints.prefix}log/"
+        keys = [item.key for item in store.list(prefix)]
+        return {key: store.get(key) for key in keys if int(key.removesuffix(".jsonl")[-8:]) <= self.reached}
 
 
 class When(threading.Thread):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -11,28 +12,22 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import RayTaskError
-from ray.util import ActorPool
 
 from cluster.config import Recipe
 from cluster.registry import Registry
 from cluster.scorers.api import Candidates, Scorer, Scores
 from cluster.scorers.build import build_scorer
-from cluster.scorers.progress import progress
 from cluster.scorers.vectors import VectorScorer, share_cache
 from cluster.sources import LabelledSource, load_source
-from cluster.worker_pool import RESTARTS
-from colbert_core.errors import RaycolbertError
+from cluster.worker_pool import WorkerPool
 from colbert_core.exact import Ranking, TopDocuments
 
 # Shares of work per worker: enough to even out workers of different speed.
 _SHARES = 4
 _ENCODERS = ("bi_encoder", "token_maxsim", "colbert")
 
-Call = Callable[[Any, Any], Any]
 
-
-class ScorerWorkers:
+class ScorerWorkers(WorkerPool):
     """A pool of actors that hold the scorers of one source.
 
     Args:
@@ -45,37 +40,30 @@ class ScorerWorkers:
     def __init__(
         self, recipe: Recipe, source: LabelledSource, workers: int, cpus: float, gpus: float
     ) -> None:
+        arguments = (recipe, source.name, max(1, int(cpus)), workers)
+        super().__init__(_Worker, arguments, size=workers, cpus=cpus, gpus=gpus)
         self.source = source
         self.recipe = recipe
         self.count = workers
-        actor: Any = ray.remote(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS
-        )(_Worker)
-        self.actors: list[Any] = [
-            actor.remote(recipe, source.name, max(1, int(cpus)), workers) for _ in range(workers)
-        ]
 
-    def map(self, call: Call, shares: Sequence[Any], description: str) -> Iterator[Any]:
-        """Results of ``call(actor, share)`` as they come.
 
-        Raises:
-            RaycolbertError: what a worker raised.
-        """
-        pool = ActorPool(self.actors)
-        with progress() as bar:
-            try:
-                results: Iterable[Any] = pool.map_unordered(call, list(shares))
-                yield from bar.track(results, total=len(shares), description=description)
-            except RayTaskError as error:
-                # Ray's own class of the same name carries a page of traceback as its message.
-                if isinstance(error.cause, RaycolbertError):
-                    raise error.cause from None
-                raise
+@dataclass(frozen=True)
+class Search:
+    """A worker's share of a search.
 
-    def close(self) -> None:
-        """Ends the actors."""
-        for actor in self.actors:
-            ray.kill(actor)
+    Attributes:
+        scorer: its name.
+        depth: documents per query.
+        first_query: place of the first of its queries.
+        query_ids: reference to the ids of its queries.
+        span: first and last (exclusive) position of its documents.
+    """
+
+    scorer: str
+    depth: int
+    first_query: int
+    query_ids: Any
+    span: tuple[int, int]
 
 
 class DistributedScorer(Scorer):
@@ -94,6 +82,7 @@ class DistributedScorer(Scorer):
         found: list[Any] = [None] * count
         shares = [
             (
+                self.name,
                 first,
                 Candidates(
                     candidates.query_ids[first:last],
@@ -104,9 +93,7 @@ class DistributedScorer(Scorer):
             )
             for first, last in self._spans(count)
         ]
-        for first, scores in self._workers.map(
-            lambda actor, share: actor.score.remote(self.name, *share), shares, f"{self.name}: scoring"
-        ):
+        for _, (first, scores) in self._workers.map("score", shares, f"{self.name}: scoring"):
             found[first : first + len(scores)] = scores
         return found
 
@@ -115,24 +102,22 @@ class DistributedScorer(Scorer):
         top = TopDocuments(len(query_ids), corpus_ids, depth)
         everything = ray.put(list(query_ids))
         if self._by_documents:
-            shares = [(0, everything, span) for span in self._spans(len(corpus_ids))]
+            spans = self._spans(len(corpus_ids))
+            shares = [Search(self.name, depth, 0, everything, span) for span in spans]
         else:
             shares = [
-                (first, ray.put(list(query_ids[first:last])), (0, len(corpus_ids)))
+                Search(self.name, depth, first, ray.put(list(query_ids[first:last])), (0, len(corpus_ids)))
                 for first, last in self._spans(len(query_ids))
             ]
-        for first, positions, scores in self._workers.map(
-            lambda actor, share: actor.search.remote(self.name, depth, *share),
-            shares,
-            f"{self.name}: searching",
-        ):
-            top.merge_documents(first, positions, scores)
+        for number, (positions, scores) in self._workers.map("search", shares, f"{self.name}: searching"):
+            top.merge_documents(shares[number].first_query, positions, scores)
         return top.ranking()
 
     def statistics(self) -> dict[str, float]:
-        found = ray.get([actor.statistics.remote(self.name) for actor in self._workers.actors])
+        found = self._workers.ask("statistics", self.name)
         # Workers that share the documents have each read all queries.
-        gather = {key: max if self._by_documents and "queries" in key else sum for key in found[0]}
+        names = found[0] if found else ()
+        gather = {key: max if self._by_documents and "queries" in key else sum for key in names}
         return {key: float(of(row[key] for row in found)) for key, of in gather.items()}
 
     @property
@@ -147,7 +132,7 @@ class DistributedScorer(Scorer):
 class _Worker:
     """One of several actors; it builds a scorer when it is first asked for it.
 
-    One that died is started again and knows nothing of before: all but its statistics comes out the same.
+    One that takes a dead one's place knows nothing of before: all but its statistics comes out the same.
     """
 
     def __init__(self, recipe: Recipe, source_name: str, threads: int, workers: int) -> None:
@@ -161,18 +146,17 @@ class _Worker:
     def _build(self, name: str) -> Scorer:
         return build_scorer(self._recipe, name, self._source, self._registry)
 
-    def score(self, name: str, first: int, candidates: Candidates) -> tuple[int, Scores]:
+    def score(self, task: tuple[str, int, Candidates]) -> tuple[int, Scores]:
+        name, first, candidates = task
         return first, self._scorer(name).checked(candidates)
 
-    def search(
-        self, name: str, depth: int, first_query: int, query_ids: list[str], span: tuple[int, int]
-    ) -> tuple[int, NDArray[np.int64], NDArray[np.float32]]:
-        scorer = self._scorer(name)
+    def search(self, task: Search) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        scorer, query_ids = self._scorer(task.scorer), ray.get(task.query_ids)
         if isinstance(scorer, VectorScorer):
-            ranking = scorer.search_span(query_ids, depth, *span)
+            ranking = scorer.search_span(query_ids, task.depth, *task.span)
         else:
-            ranking = scorer.search(query_ids, depth)
-        return first_query, ranking.positions, ranking.scores
+            ranking = scorer.search(query_ids, task.depth)
+        return ranking.positions, ranking.scores
 
     def statistics(self, name: str) -> dict[str, float]:
         return self._scorer(name).statistics()

@@ -180,8 +180,7 @@ def test_workers_find_what_one_process_finds(root: Path, storage: dict[str, Any]
     given = recipe(root, storage)
     registry = Registry.open(given.storage)
     source = load_source(given, "words")
-    workers = ScorerWorkers(given, source, 2, 0.5, 0.0)
-    try:
+    with ScorerWorkers(given, source, 2, 0.5, 0.0) as workers:
         queries, ids = list(source.queries)[:50], list(source.corpus)
         for name in ("bm25", "states"):
             alone, shared = build_scorer(given, name, source, registry), DistributedScorer(name, workers)
@@ -192,12 +191,10 @@ def test_workers_find_what_one_process_finds(root: Path, storage: dict[str, Any]
             rows = [ids[i : i + 3] for i in range(50)]
             for left, right in zip(alone.score(queries, rows), shared.score(queries, rows), strict=True):
                 np.testing.assert_allclose(left, right, rtol=0.01)
-        # A worker that dies is started again, and its share of the work done again.
+        # A worker that dies is replaced, and its share of the work done again.
         before = DistributedScorer("bm25", workers).search(queries, 10)
-        ray.kill(workers.actors[0], no_restart=False)
+        ray.kill(workers.actors[0])
         assert list(DistributedScorer("bm25", workers).search(queries, 10)) == list(before)
         with pytest.raises(ModelError, match="there are no weights for classifier") as raised:
             DistributedScorer("broken", workers).score(queries[:1], [ids[:1]])
         assert type(raised.value) is ModelError
-    finally:
-        workers.close()

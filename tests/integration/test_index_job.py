@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cluster.artifacts import base_ref, index_ref
 from cluster.config import Recipe, StorageConfig
 from cluster.config.base import fingerprint
 from cluster.data_files import DataFiles
-from cluster.index_corpus import BuildArea, corpus_state
+from cluster.index_corpus import CHUNK_DOCUMENTS, BuildArea, corpus_state
 from cluster.manifest import Manifest, Parent, parse_ref
 from cluster.models import ensure_base, load_model_ref, pinned
 from cluster.ray_session import ray_session
@@ -193,6 +193,23 @@ def test_two_workers_build_what_one_builds(built: Recipe, root: Path) -> None:
     assert contents(two) == contents(built)
 
 
+def test_pooling_leaves_one_vector_in_so_many(built: Recipe, root: Path) -> None:
+    """What is indexed are the pooled vectors that the encoder makes."""
+    pooled = recipe(root, root / "pooled", pool_factor=3)
+    report = index.run(pooled)
+    everything: Any = published(built).extra["tokens"]
+    assert everything / 3 < report.metrics["tokens"] < everything / 2
+    rows = corpus(DOCUMENTS)
+    model = load_model_ref(Registry.open(pooled.storage), base_ref(pooled))
+    texts = [document_text(row["title"], row["text"]) for row in rows]
+    vectors = model.encode_documents(texts, pool_factor=3)
+    assert report.metrics["tokens"] == len(vectors.vectors)
+    for query, found in zip(model.encode_queries(QUESTIONS), searched(pooled), strict=True):
+        exact = maxsim_ragged(query, vectors)
+        for key, score in found:
+            assert score == pytest.approx(float(exact[int(key[1:])]), abs=0.1)
+
+
 def test_four_shards_answer_as_one(built: Recipe, root: Path) -> None:
     one = recipe(root, root / "one", shards=1)
     index.run(one)
@@ -257,15 +274,16 @@ def test_few_documents_and_a_moved_alias(root: Path, s3_server: S3Server) -> Non
         index.run(aliased)
 
 
-def test_a_killed_build_goes_on(built: Recipe, root: Path) -> None:
-    """The process is killed as soon as the first of four shards is staged."""
-    given = recipe(root, root / "killed")
-    area = BuildArea(Registry.open(given.storage).store, index_ref(given))
-    script = "import sys; from cluster.config import Recipe; from jobs import index; " + (
-        "index.run(Recipe.model_validate_json(sys.argv[1]))"
-    )
-    with subprocess.Popen([sys.executable, "-c", script, given.model_dump_json()]) as process:
-        while not any(area.store.exists(area.shard_key(shard)) for shard in range(4)):
+BUILD = (
+    "import sys; from cluster.config import Recipe; from jobs import index; "
+    "index.run(Recipe.model_validate_json(sys.argv[1]))"
+)
+
+
+def build_and_kill(given: Recipe, when: Callable[[], bool]) -> None:
+    """Builds in a process of its own, and kills that as soon as something is so; waits for its workers."""
+    with subprocess.Popen([sys.executable, "-c", BUILD, given.model_dump_json()]) as process:
+        while not when():
             assert process.poll() is None
             time.sleep(0.002)
         started = family(process.pid)
@@ -275,6 +293,30 @@ def test_a_killed_build_goes_on(built: Recipe, root: Path) -> None:
     assert workers
     assert psutil.wait_procs(workers, timeout=60)[1] == []
     assert not Registry.open(given.storage).exists(index_ref(given))
+
+
+def test_a_build_killed_while_it_encodes_encodes_the_rest(root: Path) -> None:
+    """At a random one of a shard's 16 chunks."""
+    add_source(root, "long", corpus(16 * CHUNK_DOCUMENTS))
+    whole, given = (recipe(root, root / name, "long", shards=1) for name in ("whole", "cut off"))
+    index.run(whole)
+    area = BuildArea(Registry.open(given.storage).store, index_ref(given))
+    some = random.SystemRandom().randint(1, 10)
+    print(f"killed after {some} chunks")
+    build_and_kill(given, lambda: len(area.encoded()) >= some)
+    finished = len(area.encoded())
+    assert some <= finished < 16
+    report = index.run(given)
+    assert report.metrics["chunks_found"] == finished
+    assert report.metrics["chunks_encoded"] == 16 - finished
+    assert contents(given) == contents(whole)
+
+
+def test_a_killed_build_goes_on(built: Recipe, root: Path) -> None:
+    """The process is killed as soon as the first of four shards is staged."""
+    given = recipe(root, root / "killed")
+    area = BuildArea(Registry.open(given.storage).store, index_ref(given))
+    build_and_kill(given, lambda: any(area.store.exists(area.shard_key(shard)) for shard in range(4)))
     finished = [shard for shard in range(4) if area.store.exists(area.shard_key(shard))]
     assert 0 < len(finished) < 4
     kept = ["codec", *(f"shards/{shard:05d}" for shard in finished)]

@@ -24,8 +24,8 @@ from tests.tiny_models import tiny_bert_dir
 
 MB = 2**20
 STORE_MB = 80
-FILES_MB = 160
-NWAY, MICRO_BATCH, DOCUMENT_LENGTH = 32, 16, 300
+FILES_MB = 200
+NWAY, MICRO_BATCH, DOCUMENT_LENGTH, PASSAGES = 32, 16, 500, 4096
 # A passage is this many words of one letter, and then a long word that is one unknown token.
 WORDS, CHARACTERS = DOCUMENT_LENGTH, 4_000
 
@@ -38,7 +38,7 @@ def training_set(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     filler = CHARACTERS - 2 * WORDS
     passages = [
         " ".join(source.choices("abcdefgh", k=WORDS)) + " " + source.randbytes(filler // 2).hex()
-        for _ in range(256)
+        for _ in range(PASSAGES)
     ]
     groups = -(-FILES_MB * MB // (ROW_GROUP_TUPLES * NWAY * CHARACTERS))
     scores = [[float(i) for i in range(NWAY)]] * ROW_GROUP_TUPLES
@@ -115,6 +115,8 @@ def test_a_training_set_larger_than_the_object_store_is_streamed_in_flat_memory(
         if step % 4 == 3:
             samples.append(Memory.now())
     assert sorted(seen) == list(range(schedule.units))
+    # More than the object store has room for.
+    assert streamed > STORE_MB * MB
     # Readers may have ended at the last step.
     assert all(sample.readers for sample in samples[:-1]), "no reader is running"
     # Of what goes through the object store, a part is in it at a time.

@@ -33,6 +33,7 @@ from tests.s3_server import S3Server
 from tests.tiny_training import (
     NWAY,
     TUPLES,
+    Killing,
     When,
     furthest,
     publish_inputs,
@@ -163,23 +164,8 @@ def test_a_published_phase_is_not_trained_again(undisturbed: Finished) -> None:
     assert report.artifacts == []
 
 
-@dataclass
-class Killing:
-    """Kills a worker and notes what is in storage at that time."""
-
-    checkpoints: RunCheckpoints
-    reached: int = 0
-
-    def __call__(self) -> None:
-        train_workers()[0].kill()
-        self.reached = (self.checkpoints.steps() or [0])[-1]
-        self.log = self.stored_log(self.reached)
-
-    def stored_log(self, until: int) -> dict[str, bytes]:
-        """The stored records of the steps up to ``until``, by key."""
-        store, prefix = self.checkpoints.store, f"{self.checkpoints.prefix}log/"
-        keys = [item.key for item in store.list(prefix)]
-        return {key: store.get(key) for key in keys if int(key.removesuffix(".jsonl")[-8:]) <= until}
+def kill_a_worker() -> None:
+    train_workers()[0].kill()
 
 
 def test_workers_killed_at_random_steps_and_in_a_save_change_nothing(
@@ -205,7 +191,7 @@ def test_workers_killed_at_random_steps_and_in_a_save_change_nothing(
         slow = Fault("slow", ("PUT", "POST"), "/step-00000020/", times=None, rate=rate)
         # One worker's part of a later one hangs on its way until a worker is dead.
         hanging = Fault("stall", ("PUT", "POST"), f"/step-{during:08d}/", seconds=2.0)
-        first, second = Killing(checkpoints), Killing(checkpoints)
+        first, second = (Killing(checkpoints, kill_a_worker) for _ in range(2))
         with (
             proxy.fault(slow),
             proxy.fault(hanging),
@@ -222,9 +208,8 @@ def test_workers_killed_at_random_steps_and_in_a_save_change_nothing(
         assert not registry.exists(undisturbed.result.ref)
         result = train_phase(recipe, "p", registry)
         # Nothing that a state held was computed again.
-        for killing in (first, second):
-            assert killing.log == killing.stored_log(killing.reached)
-            assert sum(len(lines.splitlines()) for lines in killing.log.values()) == killing.reached
+        first.assert_nothing_was_repeated()
+        second.assert_nothing_was_repeated()
         assert [record.step for record in result.records] == list(range(1, STEPS + 1))
         # Training did not wait for the first save.
         assert not any(record.uploading for record in result.records[:20])

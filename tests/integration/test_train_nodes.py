@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -18,8 +17,10 @@ from cluster.checkpoints import RunCheckpoints
 from cluster.config import Recipe
 from cluster.registry import Registry
 from cluster.trainer import PhaseResult, run_name, train_phase
+from tests.ray_nodes import add_node, kill_raylet_of, two_nodes
 from tests.s3_server import S3Server
 from tests.tiny_training import (
+    Killing,
     When,
     furthest,
     publish_inputs,
@@ -39,12 +40,6 @@ PHASE: dict[str, Any] = {
     "optimizer": {"lr": 4e-6, "warmup_steps": 5, "weight_decay": 0.01},
     "checkpoint": {"every_steps": EVERY, "keep_last": 9},
 }
-# A dead raylet refuses connections, which is noticed within seconds instead of half a minute.
-FAST_HEALTH_CHECKS = {
-    "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 1000,
-    "health_check_failure_threshold": 2,
-}
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +48,8 @@ def nodes() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as environment:
         # How long Ray Train waits for a worker on the dead node before it counts again what there is.
         environment.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "8")
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "object_store_memory": 100 * 2**20,
-                "_system_config": FAST_HEALTH_CHECKS,
-                "include_dashboard": False,
-            },
-        )
-        for _ in range(2):
-            add_node(cluster)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
-
-
-def add_node(cluster: Cluster) -> None:
-    cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        with two_nodes() as cluster:
+            yield cluster
 
 
 @dataclass
@@ -89,10 +67,7 @@ def undisturbed(nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Fin
 
 
 def kill_raylet_of_a_worker() -> None:
-    """kill -9 of the raylet on whose node a training worker runs."""
-    raylet = psutil.Process(train_workers()[0].ppid())
-    assert raylet.name() == "raylet"
-    raylet.kill()
+    kill_raylet_of(train_workers()[0])
 
 
 def test_an_elastic_run_outlives_a_raylet(
@@ -131,9 +106,12 @@ def test_a_killed_raylet_changes_nothing(undisturbed: Finished, nodes: Cluster, 
     checkpoints = RunCheckpoints(registry.store, run_name(recipe, "p"))
     step = random.SystemRandom().randrange(EVERY, STEPS // 2, EVERY)
     print(f"killed after the state of step {step}")
-    with When(lambda: step in checkpoints.steps(), kill_raylet_of_a_worker) as killer:
+    killing = Killing(checkpoints, kill_raylet_of_a_worker)
+    with When(lambda: step in checkpoints.steps(), killing) as killer:
         result = train_phase(recipe, "p", registry)
     assert killer.done
+    assert killing.reached >= step
+    killing.assert_nothing_was_repeated()
     # What Ray Data coordinates its readers with must not have been on a node that may die.
     coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
     where = coordinator.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())

@@ -22,7 +22,7 @@ from cluster.registry import Registry
 from cluster.trainer import PhaseResult, run_name, train_phase
 from colbert_core.errors import TrainingError
 from tests.local_ray import local_ray
-from tests.tiny_training import furthest, publish_inputs, published_weights, training_recipe
+from tests.tiny_training import Killing, furthest, publish_inputs, published_weights, training_recipe
 
 STEPS = 80
 # Saved every fifth of a second, at whatever step that is.
@@ -97,11 +97,13 @@ def test_a_killed_driver_is_continued_by_name_and_no_second_run_is_let_in(
     finally:
         driver.kill()
         driver.wait()
-    reached = checkpoints.steps()[-1]
-    print(f"killed after {some} saves, the last at step {reached}")
+    killing = Killing(checkpoints, lambda: None)  # notes what there is now that the driver is dead
+    killing()
+    print(f"killed after {some} saves, the last at step {killing.reached}")
     assert not registry.exists(undisturbed.result.ref)
     result = train_phase(recipe, "p", registry, heartbeat_s=0.5, stale_s=3.0)
-    assert reached < STEPS
+    assert 0 < killing.reached < STEPS
+    killing.assert_nothing_was_repeated()
     assert not registry.store.exists(lease)
     expected = undisturbed.result.records
     assert [record.step for record in result.records] == list(range(1, STEPS + 1))

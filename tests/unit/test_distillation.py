@@ -67,6 +67,21 @@ def test_temperatures_divide_each_side() -> None:
     assert loss_of(student, teacher, **options) == pytest.approx(expected, rel=1e-5)
 
 
+def test_kl_of_min_max_on_both_sides_with_temperatures() -> None:
+    """The paper's loss: the student's row is 0, 1, 1/2 and the teacher's 0, 1, 1/4, then each is divided."""
+    student, teacher = tensor([1.0, 3.0, 2.0]), tensor([-2.0, 6.0, 0.0])
+
+    def softmax(*logits: float) -> list[float]:
+        return [math.exp(x) / sum(map(math.exp, logits)) for x in logits]
+
+    plain = zip(softmax(0, 1, 0.25), softmax(0, 1, 0.5), strict=True)
+    assert loss_of(student, teacher) == pytest.approx(sum(t * math.log(t / s) for t, s in plain), rel=1e-4)
+    sharp = zip(softmax(0, 4, 1), softmax(0, 2, 1), strict=True)
+    assert loss_of(student, teacher, student_temperature=0.5, teacher_temperature=0.25) == pytest.approx(
+        sum(t * math.log(t / s) for t, s in sharp), rel=1e-4
+    )
+
+
 def test_normalisation_modes_touch_the_side_they_name() -> None:
     student, teacher = tensor([10.0, 20.0]), tensor([0.0, 4.0])
     p = 1 / (1 + math.e)  # softmax of (0, 1), the min-max of both rows

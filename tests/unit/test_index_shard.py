@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -243,7 +244,11 @@ def test_flipped_bits_are_noticed_or_at_least_harmless(shard: Shard) -> None:
             for place in rng.integers(0, len(data), rng.integers(1, 20)):
                 damaged[place] ^= 1 << int(rng.integers(8))
             path.write_bytes(bytes(damaged))
-            if damaged != data and path.suffix != ".json":
+            if path.suffix == ".json":
+                # A flipped bit may make white space of white space.
+                with suppress(IndexFormatError, SchemaVersionError):
+                    assert Shard.open(shard.directory, CODEC, "full").manifest == shard.manifest
+            elif damaged != data:
                 with pytest.raises(IndexFormatError, match="damaged"):
                     Shard.open(shard.directory, CODEC, "full")
             try:
