@@ -9,6 +9,8 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
+from tests.processes import family, kill
+
 # A dead raylet refuses connections, which is noticed within seconds instead of half a minute.
 FAST_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
@@ -47,3 +49,10 @@ def kill_raylet_of(worker: psutil.Process) -> None:
     raylet = psutil.Process(worker.ppid())
     assert raylet.name() == "raylet"
     raylet.kill()
+
+
+def kill_node_of(worker: psutil.Process) -> None:
+    """kill -9 of all of the node on which a worker runs, for a worker may outlive its raylet."""
+    raylet = psutil.Process(worker.ppid())
+    assert raylet.name() == "raylet"
+    kill(family(raylet.pid))

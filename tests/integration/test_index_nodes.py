@@ -14,11 +14,11 @@ from cluster.index_corpus import CHUNK_DOCUMENTS, BuildArea
 from cluster.registry import Registry
 from jobs import index
 from tests.integration.test_index_job import add_source, contents, corpus, named, recipe
-from tests.ray_nodes import kill_raylet_of, two_nodes
+from tests.ray_nodes import kill_node_of, two_nodes
 from tests.tiny_models import tiny_bert_dir
 from tests.tiny_training import When
 
-CHUNKS = 16
+CHUNKS = 40
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +36,21 @@ def test_a_build_outlives_a_node_that_nothing_replaces(nodes: Cluster, tmp_path:
     tiny_bert_dir(tmp_path / "bert")
     settings = {"shards": 2, "encode_workers": 2, "cpus_per_worker": 1.0}
     whole, given = (recipe(tmp_path, tmp_path / name, "long", **settings) for name in ("whole", "cut"))
-    index.run(whole)
+    chunks = index.run(whole).metrics["chunks_encoded"]
     area = BuildArea(Registry.open(given.storage).store, index_ref(given))
     met: list[int] = []
 
     def kill_a_node() -> None:
         workers = index_workers()
+        kill_node_of(workers[0])
         met.extend((len(workers), len(area.encoded())))
-        kill_raylet_of(workers[0])
 
     # Both workers are at a chunk when some chunks are done.
-    with When(lambda: len(area.encoded()) >= 4, kill_a_node) as killer:
+    with When(lambda: len(area.encoded()) >= 2, kill_a_node) as killer:
         report = index.run(given)
     assert killer.done
     workers, encoded = met
+    print(f"the worker was dead when {encoded} chunks were encoded")
     assert workers == 2
-    assert encoded < CHUNKS
-    assert report.metrics["chunks_encoded"] == CHUNKS
+    assert encoded < chunks == report.metrics["chunks_encoded"]
     assert contents(given) == contents(whole)
