@@ -19,7 +19,7 @@ from cluster.sources import load_source
 from cluster.training_figures import WorkerGroup
 from cluster.training_job import PhaseJob
 from cluster.training_model import exported_model
-from colbert_core.encoder import ColBERT
+from colbert_core.allocator import release_freed_memory
 from colbert_core.errors import RaycolbertError
 from colbert_core.exact import Ranking, TopDocuments
 from colbert_core.metric_names import parse_metric
@@ -57,15 +57,14 @@ class Validation:
         Raises:
             RaycolbertError: on all workers, what one of them met, such as a vector that is no number.
         """
+        release_freed_memory()  # of steps, whose blocks do not fit what follows, and the other way round
         part: tuple[NDArray[np.int64], NDArray[np.float32]] | RaycolbertError
         try:
-            weights = self._engine.averaged_weights()
-            model = exported_model(self._registry, self._job.init, weights)
-            del weights
-            found = self._search(model)
+            found = self._search()
             part = found.positions, found.scores
         except RaycolbertError as error:
             part = error
+        release_freed_memory()
         queries, documents = list(self._source.labelled_queries), list(self._source.corpus)
         top = TopDocuments(len(queries), documents, self._depth)
         for each in self._group.every(part):
@@ -77,8 +76,11 @@ class Validation:
         value = evaluate_run(run, self._source.qrels, [metric])[metric]
         return {f"{self._settings.source}/{metric}": value}
 
-    def _search(self, model: ColBERT) -> Ranking:
-        """The best of this worker's part of the documents."""
+    def _search(self) -> Ranking:
+        """The best of this worker's part of the documents; collective."""
+        weights = self._engine.averaged_weights()
+        model = exported_model(self._registry, self._job.init, weights)
+        del weights
         cuts = np.linspace(0, len(self._source.corpus), self._group.count + 1).astype(int).tolist()
         first, last = cuts[self._group.rank : self._group.rank + 2]
         # Each text is met once: keeping vectors would only take memory.
