@@ -119,19 +119,15 @@ class FullState:
                 safe_set_full_optimizer_state(parameter, value, slot)
 
     def refresh(self) -> None:
-        """Copies the fp32 weights into the module's parameters, as a step does."""
-        for name in self.parameters:
-            self.write_module(name, self.get(name))
-
-    def write_module(self, name: str, value: torch.Tensor) -> None:
-        """Sets what the module computes with; fp32 weights under ZeRO or bf16 stay as they are."""
-        parameter = self.parameters[name]
-        with torch.no_grad():
-            if self._stage == 3:
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        """Copies the fp32 weights into the parameters that the module computes with, as a step does."""
+        for name, parameter in self.parameters.items():
+            value = self.get(name)
+            with torch.no_grad():
+                if self._stage == 3:
+                    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                        parameter.copy_(value)
+                else:
                     parameter.copy_(value)
-            else:
-                parameter.copy_(value)
 
 
 def save_state(
