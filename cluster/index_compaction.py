@@ -11,9 +11,9 @@ from cluster.artifacts import ArtifactRef
 from cluster.config import fingerprint
 from cluster.index_versions import model_of, publish_index, upload_files
 from cluster.manifest import Manifest
+from cluster.progress import progress
 from cluster.registry import Registry
 from cluster.report import Report
-from cluster.scorers.progress import progress
 from colbert_core.index import Codec, compact_index, measure_drift
 from colbert_core.index.directory import generation_files, open_shards, with_counts
 

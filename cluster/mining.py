@@ -14,8 +14,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from cluster.config import Mining, Pool
+from cluster.progress import progress
 from cluster.scorers.api import Scorer
-from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource, stable_hash
 from colbert_core.errors import DataError
 from colbert_core.exact import Ranking

@@ -18,9 +18,9 @@ import torch
 from cluster.artifacts import ArtifactRef
 from cluster.config import Recipe, Scoring
 from cluster.parts import read_part, write_part
+from cluster.progress import progress
 from cluster.registry import Registry, StagedArtifact
 from cluster.scorers import Candidates, Scorer, build_ensemble, minmax
-from cluster.scorers.progress import progress
 from cluster.scorers.vectors import share_cache
 from cluster.sources import load_source
 from cluster.tuples import Row, check_row

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from rich.console import Console
 
-from cluster.scorers.progress import progress
+from cluster.progress import progress
 from colbert_core.errors import RaycolbertError
 
 # Deaths of an actor, and of the task it was at, before the job gives up.

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import Bm25Scorer as Bm25Config
+from cluster.progress import progress
 from cluster.scorers.api import Candidates, Scorer, Scores, query_texts
-from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource
 from colbert_core.errors import DataError
 from colbert_core.exact import Ranking, TopDocuments

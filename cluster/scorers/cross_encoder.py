@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification
 
 from cluster.config import CrossEncoderScorer as CrossEncoderConfig
+from cluster.progress import progress
 from cluster.scorers.api import Candidates, Scorer, Scores
 from cluster.scorers.encoders import whole_batch
 from cluster.scorers.loading import load_complete
-from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource
 from colbert_core.batching import TokenBudgetBatches
 from colbert_core.errors import ConfigError

@@ -14,8 +14,8 @@ import torch
 from ray._common.utils import get_system_memory
 from torch import Tensor
 
+from cluster.progress import progress
 from cluster.scorers.api import Candidates, Scorer, Scores, query_texts
-from cluster.scorers.progress import progress
 from cluster.sources import LabelledSource
 from colbert_core.exact import Ranking, exact_search
 from colbert_core.maxsim import maxsim_pairs

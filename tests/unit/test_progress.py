@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from cluster.scorers import progress as progress_module
-from cluster.scorers.progress import progress
+from cluster import progress as progress_module
+from cluster.progress import progress
 
 
 def test_a_log_gets_lines_with_the_time_left(
