@@ -1,7 +1,7 @@
 """What filters and token pooling do to the quality of a search.
 
 ``python -m benchmarks.index_quality [--quick] [--data DIR] [--model DIR-OR-NAME@ALIAS] [--root STORAGE]
-[--cache DIR]``; arguments as for ``benchmarks.search``. Two tables:
+[--cache DIR] [--vectors N]``; arguments as for ``benchmarks.search``, N for the filters. Two tables:
 
 - recall@10 against exact MaxSim over the documents that a filter lets pass, where a condition on a metadata
   column selects 100, 10, 1 and 0.1 % of them at random, at the default and at a small quality setting;
@@ -56,6 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Quality of filtered search and of pooled vectors.")
     parser.add_argument("--quick", action="store_true", help="the sample corpus, recombined")
     add_set_options(parser)
+    parser.add_argument("--vectors", type=int, help="recombine the vectors to so many for the filters")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     questions = 60 if options.quick else options.questions
@@ -66,7 +67,8 @@ def main() -> int:
         texts = texts_of(options.data, questions)
         whole = encoded(texts, options.model, options.root, cache)
         sets = {factor: whole if factor == 1 else pooled(whole, factor, cache) for factor in POOLING}
-        files = recombined(whole, QUICK_VECTORS, cache) if options.quick else whole
+        wanted = QUICK_VECTORS if options.quick else options.vectors
+        files = recombined(whole, wanted, cache) if wanted else whole
         filtered = filter_rows(files, folder / "filters", options.threads)
         rows = pooling_rows(sets, texts, folder, options.threads)
         about = {"filters": files.about, "pooling": whole.about}

@@ -7,7 +7,8 @@
 sample corpus, an untrained model and no peers.
 
 Texts are encoded once, float16, and kept under ``--cache``; every engine gets these bytes. Recall is the
-share of the exact MaxSim's best k that an engine returns, nDCG@10 is by human labels. Each index is built by
+share of the exact MaxSim's best k that an engine returns, nDCG@10 is by human labels, beside that of the
+exact ranking of the same questions. Each index is built by
 a process of its own and searched by another, with ``--threads`` threads; the engines take turns, setting by
 setting, in every round. A single query's latency is that of one call with one query; batched QPS is of one
 call with all of them. Medians over the rounds; a reading of more than ``STEADY_S`` seconds is taken once, in
@@ -31,7 +32,6 @@ import hashlib
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,14 @@ from rich.table import Table
 
 from benchmarks.support.line_protocol import Peer
 from benchmarks.support.results import Goal, finish, machine
-from benchmarks.support.search_contenders import CUTS, OURS, Contender, our_contenders, peer_contenders
+from benchmarks.support.search_contenders import (
+    CUTS,
+    OURS,
+    Contender,
+    our_contenders,
+    peer_contenders,
+    started,
+)
 from benchmarks.support.search_engine import Settings
 from benchmarks.support.search_files import VectorFiles
 from benchmarks.support.search_plot import plot
@@ -60,8 +67,6 @@ from benchmarks.support.search_vectors import (
 )
 from colbert_core.metrics import evaluate_run
 
-OURS_MODULE = "benchmarks.support.search_ours"
-PEERS_MODULE = "benchmarks.support.search_peers"
 DEPTHS = (10, 100)
 LEVELS = (0.80, 0.85, 0.90, 0.95, 0.98)
 STEADY_S = 30.0  # noise of the machine evens out in so long a reading
@@ -147,7 +152,7 @@ class Benchmark:
     def run(self, contenders: Sequence[Contender], pythons: Mapping[str, str], rounds: int) -> None:
         """Builds all indexes, then searches them in turn."""
         for contender in track(contenders, "building", console=console, transient=True):
-            with self._process(contender, pythons) as process:
+            with started(contender, pythons, self._threads) as process:
                 versions = self.versions[contender.engine] = process.call("versions")
                 place = self._indexes[contender.label] = self._place(contender, versions)
                 if not place.exists():
@@ -173,7 +178,7 @@ class Benchmark:
         with ExitStack() as stack:
             processes = {}
             for contender in contenders:
-                process = stack.enter_context(self._process(contender, pythons))
+                process = stack.enter_context(started(contender, pythons, self._threads))
                 seconds = process.call(
                     "open",
                     folder=str(self._files.folder),
@@ -240,6 +245,7 @@ class Benchmark:
             "questions": count,
             "recall": hits / best.size,
             "ndcg": self._ndcg(found[:, :10]),
+            "exact_ndcg": self._ndcg(self._exact[:count, :10]),
             "p50_ms": float(np.percentile(times, 50)),
             "p95_ms": float(np.percentile(times, 95)),
             "qps": count / seconds,
@@ -268,17 +274,6 @@ class Benchmark:
         ]
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         return self._cache / f"{self._files.folder.name}-{contender.engine}-{digest}"
-
-    def _process(self, contender: Contender, pythons: Mapping[str, str]) -> Peer:
-        ours = contender.engine == OURS
-        threads = str(self._threads)
-        names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        return Peer(
-            contender.label,
-            sys.executable if ours else pythons[contender.engine],
-            OURS_MODULE if ours else PEERS_MODULE,
-            {**dict.fromkeys(names, threads), "RAYCOLBERT_PEER": contender.engine},
-        )
 
     # -- what it comes to -------------------------------------------------------------------------
 
@@ -321,6 +316,7 @@ class Benchmark:
             "asked",
             "R@10",
             "nDCG@10",
+            "exact",
             "p50 ms",
             "p95 ms",
             "QPS",
@@ -338,6 +334,7 @@ class Benchmark:
                 f"{row['questions@10']:.0f}",
                 f"{row['recall@10']:.3f}",
                 f"{row['ndcg@10']:.4f}",
+                f"{row['exact_ndcg@10']:.4f}",
                 f"{row['p50_ms@10']:.2f}",
                 f"{row['p95_ms@10']:.2f}",
                 f"{row['qps@10']:,.0f}",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.support.line_protocol import Peer
 from benchmarks.support.search_engine import Settings
 
 OURS = "raycolbert"
+_OURS_MODULE = "benchmarks.support.search_ours"
+_PEERS_MODULE = "benchmarks.support.search_peers"
+_BOUNDS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -66,3 +71,20 @@ def peer_contenders() -> dict[str, Contender]:
         Contender("xtr-warp-rs 4-bit", "xtr-warp-rs", {"nbits": 4}, warped),
     )
     return {contender.engine: contender for contender in found}
+
+
+def started(contender: Contender, pythons: Mapping[str, str], threads: int) -> Peer:
+    """A process of a contender, which builds and searches at its commands.
+
+    Args:
+        contender: the engine.
+        pythons: a peer's name to the interpreter of an environment that has it.
+        threads: what its libraries may use.
+    """
+    ours = contender.engine == OURS
+    return Peer(
+        contender.label,
+        sys.executable if ours else pythons[contender.engine],
+        _OURS_MODULE if ours else _PEERS_MODULE,
+        {**dict.fromkeys(_BOUNDS, str(threads)), "RAYCOLBERT_PEER": contender.engine},
+    )

@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import search_stages
 from benchmarks.growth import exponent, half_way, write_part
+from benchmarks.index_builds import leads_of
 from benchmarks.search import OURS, Benchmark
 from benchmarks.support import encode_programs
 from benchmarks.support.encode_programs import default_leads
 from benchmarks.support.exported_model import some_of
 from benchmarks.support.growth_ours import Program as Growth
 from benchmarks.support.maxsim_programs import METHODS
+from benchmarks.support.probed_tokens import ProbedTokens
 from benchmarks.support.search_files import VectorFiles
+from benchmarks.support.search_ours import build_index
 from benchmarks.support.search_vectors import (
     Texts,
     encoded,
@@ -25,9 +29,14 @@ from benchmarks.support.search_vectors import (
     recombined,
     write_set,
 )
-from colbert_core.config import ColBERTConfig
+from colbert_core.config import CodecConfig, ColBERTConfig
 from colbert_core.encoder import ColBERT
 from colbert_core.formats import save_model
+from colbert_core.index import Codec, open_index
+from colbert_core.index.codec import EncodedTokens
+from colbert_core.index.engine import CpuEngine, run_here
+from colbert_core.index.query import prepare_query
+from colbert_core.index.shard import Shard
 from tests.tiny_models import tiny_bert_dir
 
 
@@ -129,6 +138,15 @@ def test_libraries_are_compared_as_they_come(monkeypatch: pytest.MonkeyPatch) ->
     assert default_leads(seconds, ["peer"]) == {"peer": 2.0}
 
 
+def test_builds_are_compared_within_a_round() -> None:
+    seconds = {
+        f"{OURS} 2-bit": [10.0, 20.0, 10.0],
+        f"{OURS} 4-bit": [12.0, 18.0, 11.0],
+        "peer": [48.0, 100.0, 33.0],
+    }
+    assert leads_of(seconds) == {"peer": 4.0}  # 4, 5 and 3
+
+
 def test_growth_is_a_power_of_the_size() -> None:
     rows = [
         {"vectors": n, "build_s": 3e-6 * n**1.2, "scan_ms": 0.01 * n**0.5, "rest_ms": 10 * n**0.1}
@@ -201,3 +219,59 @@ def test_goals_compare_at_the_recall_that_peers_reach(files: VectorFiles, tmp_pa
     unmet = {goal.name: goal for goal in bench.goals()}
     assert unmet["recall@10 ≥ 0.98: peers' p50 / ours"].value == 0
     assert not unmet["recall@10 ≥ 0.98: bytes per token"].met
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_probed_tokens_are_scored_without_decoding(files: VectorFiles, tmp_path: Path, bits: int) -> None:
+    build_index(files, tmp_path / "index", CodecConfig(residual_bits=bits, centroids=64), threads=1)
+    searcher = open_index(tmp_path / "index")
+    codec, (shard,) = searcher.codec, searcher.shards
+    engine, tokens = CpuEngine(codec, [shard]), ProbedTokens(codec, shard)
+    every = np.arange(300, dtype=np.int32)
+    for number in (0, 3, 1):  # sums of an earlier query are not those of the next
+        query = files.queries[number]
+        tables = engine.tables(prepare_query(codec, query), 64, run_here)
+        # With all centroids probed nothing is estimated, and WARP's scores are those of the residuals.
+        documents, scores = tokens.search(tables, 64)
+        assert sorted(documents) == every.tolist()
+        assert scores[np.argsort(documents)] == pytest.approx(engine.score(0, tables, every), abs=1e-5)
+
+        documents, scores = tokens.search(tables, 2)
+        probed = [set(row) for row in tables.probes[:, :2].tolist()]
+        missing = tokens.missing(tables)
+        assert len(documents) == len(set(documents)) < 300
+        for document, score in zip(documents.tolist(), scores.tolist(), strict=True):
+            rows = range(shard.offsets[document], shard.offsets[document + 1])
+            expected = 0.0
+            for i, centroids in enumerate(probed):
+                kept = [row for row in rows if int(shard.codes[row]) in centroids]
+                exact = similarities(codec, shard, kept, query[i]) if kept else []
+                expected += max(exact, default=missing[i] * tables.query.scales[i])
+            assert score == pytest.approx(expected, abs=0.02)  # the query is rounded to int8
+        engine.release(tables)
+
+
+def similarities(codec: Codec, shard: Shard, rows: list[int], vector: np.ndarray) -> list[float]:
+    """Of a query vector and tokens of a shard, decoded."""
+    tokens = EncodedTokens(shard.codes[rows].astype(np.uint32), shard.residuals[rows], shard.scales[rows])
+    return (codec.decode(tokens) @ vector).tolist()
+
+
+def test_the_stages_of_a_search_all_answer(files: VectorFiles, tmp_path: Path) -> None:
+    build_index(files, tmp_path / "index", CodecConfig(residual_bits=4, centroids=64), threads=1)
+    rows = [
+        {"bits": 4, **row}
+        for row in search_stages.readings(
+            search_stages.settings(tmp_path / "index"), files, exact_ranking(files)[:, :10], 1
+        )
+    ]
+    best = {way: max(row["recall"] for row in rows if row["way"] == way) for way in {r["way"] for r in rows}}
+    assert len(best) == 5
+    assert min(best.values()) > 0.7
+    assert all(row["p50_ms"] > 0 for row in rows)
+    by_way = search_stages.by_way(rows, 4, 0.7)
+    assert by_way.keys() == best.keys()
+    assert by_way[search_stages.OURS] == min(
+        row["p50_ms"] for row in rows if row["way"] == search_stages.OURS and row["recall"] >= 0.7
+    )
+    assert search_stages.by_way(rows, 2, 0.0) == {}
