@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import ray
-
 from cluster.artifacts import ArtifactRef, model_ref
 from cluster.config import Recipe, System, TrainPhase
 from cluster.config.ablation import BASELINE
@@ -95,8 +93,8 @@ def references(recipe: Recipe) -> dict[str, System]:
     }
 
 
-def room(trials: Sequence[Trial]) -> int:
-    """How many trials the connected Ray cluster has room for at once; at least 1.
+def room(trials: Sequence[Trial], resources: Mapping[str, float]) -> int:
+    """How many trials a Ray cluster of so many resources has room for at once; at least 1.
 
     A trial needs what the workers of its largest phase claim, and one CPU to list what they read.
     """
@@ -105,8 +103,7 @@ def room(trials: Sequence[Trial]) -> int:
         "CPU": max(_workers(phase) * phase.cpus_per_worker for phase in phases) + 1.0,
         "GPU": max(_workers(phase) * phase.gpus_per_worker for phase in phases),
     }
-    there = ray.cluster_resources()
-    fits = [there.get(name, 0.0) // amount for name, amount in need.items() if amount]
+    fits = [resources.get(name, 0.0) // amount for name, amount in need.items() if amount]
     return max(1, min(len(trials), int(min(fits))))
 
 

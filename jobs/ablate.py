@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from rich.console import Console
 from rich.table import Table
 
@@ -66,7 +67,7 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
             with outcome.timed("shared inputs"):
                 _prepare([trial for trial in trials if trial.seed == trials[0].seed], registry, outcome)
             with outcome.timed("trials"):
-                failed = run_all(work, study.at_once or room(trials), registry.store)
+                failed = run_all(work, study.at_once or room(trials, ray.cluster_resources()), registry.store)
     lost = {trial.variant for trial in trials if str(trial) in failed}
     if BASELINE in lost:
         raise TrainingError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
@@ -88,7 +89,7 @@ def run(recipe: Recipe, report: Path | None = None) -> Report:
         values = [(trial, judge.model_values(trial.ref, config.metrics)[0]) for trial in compared]
         known = {name: judge.values(system, config.metrics)[0] for name, system in references(recipe).items()}
         _compare(outcome, source, config.metrics, values, known, recipe.seed)
-        console.print(_table(outcome, source, config.metrics))
+        console.print(comparison_table(outcome, source, config.metrics))
     if report is not None:
         report.mkdir(parents=True, exist_ok=True)
         path = report / "report.json"
@@ -204,7 +205,8 @@ def _compare(
     report.details["queries"][source] = len(values[0][1][metrics[0]])
 
 
-def _table(report: Report, source: str, metrics: Sequence[str]) -> Table:
+def comparison_table(report: Report, source: str, metrics: Sequence[str]) -> Table:
+    """A source's scores in a report of :func:`run`: by system and variant, with their seeds and intervals."""
     details = report.details
     scores, intervals = details["scores"][source], details["intervals"][source]
     seeds = ", ".join(map(str, details["seeds"]))

@@ -30,8 +30,10 @@ from jobs import ablate, evaluate
 from tests.processes import family, kill
 from tests.tiny_data import word_source
 from tests.tiny_models import tiny_bert_dir
+from tests.tiny_training import Killing
 
 METRICS = ["nDCG@10", "R@1"]
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "name": "p",
                 "data": ["mined"],
                 "nway": 4,
-                "steps": 12,
+                "steps": STEPS,
                 "queries_per_step": 8,
                 "micro_batch": 8,
                 "precision": "fp32",
@@ -104,18 +106,21 @@ def judge(study: Path) -> Evaluator:
 def test_a_killed_study_goes_on_where_it_was(study: Path, judge: Evaluator, tmp_path: Path) -> None:
     recipe, registry = load_recipe(study), judge.registry
     trials = expand(recipe)
+    second = RunCheckpoints(registry.store, run_name(trials[1].recipe, "p"))
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.ablate", str(study), "--set", "ablate.at_once=1"],
         stdout=subprocess.DEVNULL,
         env={**os.environ, "RAY_ADDRESS": ""},
     )
+    killing = Killing(second, lambda: kill(family(job.pid)))
     try:
-        while not finished(trials, judge):
+        while not second.steps():
             assert job.poll() is None, "the job ended before it was killed"
-            time.sleep(0.1)
+            time.sleep(0.02)
     finally:
-        kill(family(job.pid))
+        killing()
         job.wait()
+    assert 0 < killing.reached < STEPS, "not in mid-training"
     done = finished(trials, judge)
     assert [str(trial) for trial in done] == ["baseline · seed 1"]
     tuples = registry.manifest(tuples_ref(recipe, "mined")).created_at
@@ -129,6 +134,7 @@ def test_a_killed_study_goes_on_where_it_was(study: Path, judge: Evaluator, tmp_
     assert report.skipped == [str(done[0].ref)]
     assert sorted(report.artifacts) == sorted(str(trial.ref) for trial in trials[1:])
     assert registry.manifest(done[0].ref).created_at == made
+    killing.assert_nothing_was_repeated()
     assert registry.manifest(tuples_ref(recipe, "mined")).created_at == tuples
     _check_figures(recipe, judge, trials, report.details)
     assert json.loads((tmp_path / "report.json").read_text())["details"] == report.details

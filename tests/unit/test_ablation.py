@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from cluster.ablation import compare, expand, references
+from cluster.ablation import compare, expand, references, room
 from cluster.artifacts import base_ref, candidates_ref, phase_ref, tuples_ref
 from cluster.config import AblateConfig, Recipe, parse_recipe
+from cluster.report import Report
 from colbert_core.errors import ConfigError
+from jobs.ablate import comparison_table
 from tests import recipe_tree
 from tests.recipe_tree import FILES, PHASE
 
@@ -202,3 +206,54 @@ def test_later_axes_hold_where_two_set_the_same_key() -> None:
     axes = {"a": {"x": {"train.0.steps": 1}}, "b": {"y": {"train.0.steps": 2}}}
     config = AblateConfig.model_validate({"axes": axes, "design": "full"})
     assert config.variants()["a=x,b=y"] == {"train.0.steps": 2}
+
+
+def test_as_many_trials_run_at_once_as_the_cluster_has_room_for() -> None:
+    def at_once(resources: dict[str, float], **phase: Any) -> int:
+        tree = deepcopy(TREE)
+        tree["train"][0].update(phase)
+        return room(expand(parse_recipe(tree)), resources)
+
+    # Two CPUs a trial: its worker's, and one to list what it reads.
+    assert [at_once({"CPU": cpus}) for cpus in (1.0, 3.0, 4.0, 7.0)] == [1, 1, 2, 3]
+    # No more than there are trials.
+    assert at_once({"CPU": 100.0}) == 8
+    # The largest phase counts, and of a range of workers its upper end.
+    assert at_once({"CPU": 20.0}, num_workers=2, cpus_per_worker=4.0) == 2
+    assert at_once({"CPU": 20.0}, num_workers=[1, 3], cpus_per_worker=3.0) == 2
+    # What is short decides.
+    assert at_once({"CPU": 100.0, "GPU": 4.0}, num_workers=2, gpus_per_worker=1.0) == 2
+    assert at_once({"CPU": 4.0, "GPU": 8.0}, gpus_per_worker=1.0) == 2
+    assert at_once({"CPU": 100.0}, gpus_per_worker=1.0) == 1
+
+
+def test_the_printed_table() -> None:
+    report = Report(job="ablate", recipe="r")
+    report.details.update(
+        seeds=[3, 5],
+        queries={"dev": 1200},
+        references={"dev": {"bm25": {"nDCG@10": 0.5}}},
+        scores={
+            "dev": {
+                "baseline": {"nDCG@10": {"mean": 0.6, "by_seed": {"3": 0.59, "5": 0.61}}},
+                "loss=mse": {"nDCG@10": {"mean": 0.55, "by_seed": {"3": 0.54, "5": 0.56}}},
+            }
+        },
+        intervals={"dev": {"loss=mse": {"nDCG@10": [-0.05, -0.0712, -0.0301]}}},
+        failed={"loss=both · seed 3": "the loss is inf"},
+    )
+    printed = Console(width=100, file=StringIO(), record=True)
+    printed.print(comparison_table(report, "dev", ["nDCG@10"]))
+    lines = [" ".join(line.replace("│", " ").split()) for line in printed.export_text().splitlines()]
+    assert lines[0] == "dev · 1,200 questions · seeds 3, 5"
+    rows = [line for line in lines if any(character.isalnum() for character in line)][1:9]
+    assert rows == [
+        "┃ variant ┃ nDCG@10 ┃",
+        "bm25 0.5000",
+        "baseline 0.6000",
+        "0.5900 0.6100",
+        "loss=mse 0.5500",
+        "0.5400 0.5600",
+        "-0.0500 (-0.0712, -0.0301)",
+        "loss=both · seed 3 failed",
+    ]
