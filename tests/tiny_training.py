@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from cluster.artifacts import ArtifactRef, tuples_ref
 from cluster.checkpoints import RunCheckpoints
 from cluster.config import Recipe, StorageConfig, parse_recipe
-from cluster.models import ensure_base
+from cluster.models import ensure_base, load_model_ref
 from cluster.registry import Registry
 from cluster.streams import TupleWriter
 from tests.tiny_data import word_source
@@ -137,6 +137,19 @@ def published_weights(registry: Registry, ref: ArtifactRef) -> dict[str, torch.T
 def furthest(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def furthest_apart(left: tuple[Registry, ArtifactRef], right: tuple[Registry, ArtifactRef]) -> float:
+    """The largest difference of two published models, in their weights and in the vectors of some texts.
+
+    A key bias has no gradient but rounding, which the optimiser scales up. It changes no output, so its
+    weights are left out; the vectors are not.
+    """
+    weights = [published_weights(*each) for each in (left, right)]
+    weights = [{key: value for key, value in each.items() if "key.bias" not in key} for each in weights]
+    texts = [row["query"] for row in tuple_rows()]
+    vectors = [load_model_ref(*each).encode_documents(texts).vectors for each in (left, right)]
+    return max(furthest(*weights), float((vectors[0] - vectors[1]).abs().max()))
 
 
 def train_workers() -> list[psutil.Process]:

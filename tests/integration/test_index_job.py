@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from cluster.registry import Registry
 from cluster.sources import document_text
 from cluster.storage import ObjectInfo
 from cluster.worker_pool import WorkerPool
+from colbert_core.allocator import release_freed_memory
 from colbert_core.config import CodecConfig, SearchConfig
 from colbert_core.errors import ArtifactNotFound, DataError
 from colbert_core.index import Codec, open_index
@@ -217,6 +219,52 @@ def test_four_shards_answer_as_one(built: Recipe, root: Path) -> None:
     one = recipe(root, root / "one", shards=1)
     index.run(one)
     assert_alike(searched(one), searched(built))
+
+
+class OwnMemory(threading.Thread):
+    """Watches what this process has allocated, without mapped files and the object store.
+
+    Attributes:
+        growth: the most that it was above the start, in bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._leave = threading.Event()
+        self._start = self._now()
+        self.growth = 0
+
+    def run(self) -> None:
+        while not self._leave.wait(0.01):
+            self.growth = max(self.growth, self._now() - self._start)
+
+    @staticmethod
+    def _now() -> int:
+        memory = psutil.Process().memory_info()
+        return int(memory.rss - memory.shared)
+
+    def __enter__(self) -> OwnMemory:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave.set()
+        self.join()
+
+
+def test_the_driver_holds_no_corpus(built: Recipe, root: Path) -> None:
+    """Documents of 48 kB, which are soon cut off; as text they are more than the driver grows by."""
+    source, size = random.Random(1), 48_000
+    bulky = [row | {"text": f"{row['text']} {source.randbytes(size // 2).hex()}"} for row in corpus(1000)]
+    add_source(root, "bulky", bulky)
+    given = recipe(root, root / "bulky store", "bulky")
+    del bulky
+    release_freed_memory()
+    with OwnMemory() as driver:
+        report = index.run(given)
+    assert report.metrics["documents"] == 1000
+    print(f"the driver grew by {driver.growth / 2**20:.1f} MB, for {1000 * size / 2**20:.0f} MB of text")
+    assert driver.growth < 1000 * size / 4
 
 
 def test_typed_errors_come_through(root: Path) -> None:
