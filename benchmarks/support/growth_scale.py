@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from colbert_core.config import SearchConfig
+from colbert_core.index.assignment import comparisons
 from colbert_core.index.codec import default_centroids
 
 PASSAGES = 100_000_000
@@ -28,7 +29,7 @@ class UnitCosts:
         interact_ms: thread-milliseconds of scoring so many ``candidates`` by centroids alone, a query.
         score_ms: thread-milliseconds of scoring ``rerank`` documents by residuals, a query.
         other_ms: milliseconds of a query that none of these has.
-        nearest_ns: thread-nanoseconds of a build, a vector and centroid.
+        nearest_ns: thread-nanoseconds of a build, a vector and centroid (or cell) that it is compared with.
         vector_us: thread-microseconds of the rest of a build, a vector.
         bytes_per_vector: of the index.
         vectors_per_passage: of the set.
@@ -62,7 +63,7 @@ class UnitCosts:
             interact_ms=stages["interact"],
             score_ms=stages["score"],
             other_ms=row["rest_ms"] - sum(stages.values()) / threads,
-            nearest_ns=row["nearest_s"] * threads * 1e9 / vectors / centroids,
+            nearest_ns=row["nearest_s"] * threads * 1e9 / vectors / comparisons(centroids),
             vector_us=(row["build_s"] - row["nearest_s"]) * threads * 1e6 / vectors,
             bytes_per_vector=row["bytes_per_token"],
             vectors_per_passage=vectors / row["documents"],
@@ -100,7 +101,7 @@ def carried_on(
         "bounded_ms": (costs.interact_ms + costs.score_ms * search.candidates / search.rerank)
         / GROUP_THREADS,
         "other_ms": costs.other_ms,
-        "nearest_core_hours": costs.nearest_ns * count * vectors / 1e9 / 3600,
+        "nearest_core_hours": costs.nearest_ns * comparisons(count) * vectors / 1e9 / 3600,
         "rest_core_hours": costs.vector_us * vectors / 1e6 / 3600,
     }
 

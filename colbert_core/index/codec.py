@@ -35,7 +35,8 @@ from colbert_core.errors import (
     NonFiniteError,
     SchemaVersionError,
 )
-from colbert_core.index.clustering import Assigner, Progress, quantize_grid, train_centroids
+from colbert_core.index.assignment import Assigner, quantize_grid
+from colbert_core.index.clustering import Progress, train_centroids
 from colbert_core.index.kernels import rotate_rows
 from colbert_core.index.quantizer import (
     STEP,

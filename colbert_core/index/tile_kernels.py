@@ -125,7 +125,7 @@ def nearest_centroids(rows, first, last, right, scales, units, half_squares, nea
     """The centroid of each row with the largest product less half its squared length, ties to the lowest.
 
     They are compared as integers, in units of each row, as ``_keep_nearest`` in
-    :mod:`colbert_core.index.clustering` does. A panel of centroids is multiplied with some rows while both
+    :mod:`colbert_core.index.assignment` does. A panel of centroids is multiplied with some rows while both
     are in the first cache, and the best of each of its columns is kept.
 
     Args:

@@ -19,7 +19,8 @@ from colbert_core.errors import (
     SchemaVersionError,
 )
 from colbert_core.index import Codec, default_centroids
-from colbert_core.index.clustering import Assigner, quantize_grid, train_centroids
+from colbert_core.index.assignment import Assigner, quantize_grid
+from colbert_core.index.clustering import train_centroids
 from colbert_core.index.quantizer import pack_levels, unpack_levels
 from tests.clustered_vectors import make_corpus, train_codec, unit
 
