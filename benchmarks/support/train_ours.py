@@ -26,8 +26,8 @@ from cluster.training_units import TokenisedUnit, UnitSource, tokenise_unit
 from colbert_core.formats import load_model
 
 TOKEN_BUDGET = 2048
-# Names of torch's matrix products in a profile, forward and backward. Those of attention are part of a kernel of
-# ours, and not among them.
+# Names of torch's matrix products in a profile, forward and backward. Those of attention are part of a
+# kernel of ours, and not among them.
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear")
 
 

@@ -41,7 +41,7 @@ def test_a_hundred_million_passages(centroids: int, bytes_a_vector: int) -> None
     assert found["lists_ms"] == pytest.approx(160 * 2e10 / centroids / 20 / 8 / 1e6)
     assert found["bounded_ms"] == pytest.approx((1 + 4 * 5) / 8)
     # 32 of 256 or 512 cells, and their means.
-    compared = {1 << 16: 256 + 32 * 256, 1 << 17: 512 + 16 * 256}[centroids]
+    compared = {1 << 16: 256 + 32 * 256, 1 << 17: 512 + 32 * 256}[centroids]
     assert found["nearest_core_hours"] == pytest.approx(10e-9 * compared * 2e10 / 3600)
     assert found["rest_core_hours"] == pytest.approx(20e-6 * 2e10 / 3600)
 
