@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.support.results import Goal, finish
-from benchmarks.support.search_contenders import OURS, our_contenders, peer_contenders, started
+from benchmarks.support.search_contenders import OURS, our_contenders, parsed, peer_contenders, started
 from benchmarks.support.search_vectors import add_set_options, encoded, recombined, texts_of
 
 console = Console(width=120)
@@ -31,17 +31,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Builds of indexes of the same token vectors, in turn.")
     parser.add_argument("--quick", action="store_true", help="the sample corpus, no peers, one round")
     add_set_options(parser)
-    parser.add_argument("--vectors", type=int, help="recombine the vectors to so many")
-    parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help="repeatable")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    pythons = dict(item.split("=", 1) for item in options.peer_python)
-    peers = peer_contenders()
-    if unknown := set(pythons) - set(peers):
-        parser.error(f"--peer-python: no peer {', '.join(sorted(unknown))}; there are {', '.join(peers)}")
+    options, peers = parsed(parser)
     rounds = 1 if options.quick else options.rounds
-    contenders = [*our_contenders((2, 4, 8), ()), *(peers[name] for name in pythons)]
+    contenders = [*our_contenders((2, 4, 8), ()), *(peer_contenders()[name] for name in peers)]
     seconds: dict[str, list[float]] = {contender.label: [] for contender in contenders}
     versions: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as name:
@@ -53,7 +45,7 @@ def main() -> int:
         turns = [contender for _ in range(rounds) for contender in contenders]
         for contender in track(turns, "building", console=console, transient=True):
             index = Path(name) / "index"
-            with started(contender, pythons, options.threads) as process:
+            with started(contender, peers, options.threads) as process:
                 versions[contender.engine] = process.call("versions")
                 built = process.call(
                     "build",

@@ -51,6 +51,7 @@ from benchmarks.support.search_contenders import (
     OURS,
     Contender,
     our_contenders,
+    parsed,
     peer_contenders,
     started,
 )
@@ -81,15 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Search engines on the same token vectors.")
     parser.add_argument("--quick", action="store_true", help="the sample corpus, no peers, one round")
     add_set_options(parser)
-    parser.add_argument("--vectors", type=int, help="recombine the vectors to so many")
-    parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help="repeatable")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    pythons = dict(item.split("=", 1) for item in options.peer_python)
-    peers = peer_contenders()
-    if unknown := set(pythons) - set(peers):
-        parser.error(f"--peer-python: no peer {', '.join(sorted(unknown))}; there are {', '.join(peers)}")
+    options, peers = parsed(parser)
     rounds, questions = (1, 60) if options.quick else (options.rounds, options.questions)
     with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as folder:
         cache = options.cache or Path(folder) / "cache"
@@ -99,9 +92,9 @@ def main() -> int:
             files = recombined(files, options.vectors, cache)
         exact = exact_ranking(files)
         ours = our_contenders((4, 8), CUTS[1::3]) if options.quick else our_contenders((2, 4, 8), CUTS)
-        contenders = [*ours, *(peers[name] for name in pythons)]
+        contenders = [*ours, *(peer_contenders()[name] for name in peers)]
         bench = Benchmark(files, exact, texts.relevant, Path(folder), cache, options.threads)
-        bench.run(contenders, pythons, rounds)
+        bench.run(contenders, peers, rounds)
     goals = bench.goals()
     results = {"exact_ndcg@10": bench.exact_ndcg, "engines": bench.engines, "curves": bench.rows}
     console.print(bench.curve_table(), bench.engine_table())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,20 @@ def peer_contenders() -> dict[str, Contender]:
         Contender("xtr-warp-rs 4-bit", "xtr-warp-rs", {"nbits": 4}, warped),
     )
     return {contender.engine: contender for contender in found}
+
+
+def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The command line of a benchmark of engines, and the interpreter of each peer that it names."""
+    parser.add_argument("--vectors", type=int, help="recombine the vectors to so many")
+    parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help="repeatable")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    pythons = dict(item.split("=", 1) for item in options.peer_python)
+    known = peer_contenders()
+    if unknown := set(pythons) - set(known):
+        parser.error(f"--peer-python: no peer {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return options, pythons
 
 
 def started(contender: Contender, pythons: Mapping[str, str], threads: int) -> Peer:
