@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -83,7 +84,9 @@ def main() -> int:
         about, exact = files.about, exact_ranking(files)[:, :K]
         for bits in options.bits:
             index = Path(name) / f"{bits}-bit"
+            torch.set_num_threads(2)
             build_index(files, index, CodecConfig(residual_bits=bits), threads=2)
+            torch.set_num_threads(1)
             rows += [{"bits": bits, **row} for row in readings(settings(index), files, exact, rounds)]
     fastest = {(bits, level): by_way(rows, bits, level) for bits in options.bits for level in LEVELS}
     console.print(curve_table(rows, about), level_table(fastest))
