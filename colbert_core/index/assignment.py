@@ -27,6 +27,7 @@ from colbert_core.index.integer_product import (
 from colbert_core.index.integer_tiles import PANEL, interleaved
 from colbert_core.index.kernels import quantize_rows
 from colbert_core.index.tile_kernels import nearest_centroids
+from colbert_core.threads import on_threads
 
 COMPARED_WITH_ALL = 1 << 14  # more centroids than these are grouped into cells
 NEAREST_CELLS = 32  # that a vector is compared with the centroids of
@@ -51,11 +52,12 @@ class Assigner:
     def __init__(self, quantized: NDArray[np.int8], scale: np.float32) -> None:
         self._targets = _Targets.of(quantized, scale)
         self._cells = _Cells.of(quantized, scale) if len(quantized) > COMPARED_WITH_ALL else None
-        missing = -len(quantized) % PANEL  # the last one again: ties go to the lowest
-        fused = self._cells is None and tiles_are_faster(quantized.shape[1])
-        again = np.pad(quantized, ((0, missing), (0, 0)), "edge")
-        self._right = interleaved(again, np.int16) if fused else None
-        self._padded = np.pad(self._targets.half_squares, (0, missing), "edge")
+        self._right: NDArray[np.int16] | None = None
+        if self._cells is None and tiles_are_faster(quantized.shape[1]):
+            missing = -len(quantized) % PANEL  # the last one again: ties go to the lowest
+            again = np.pad(quantized, ((0, missing), (0, 0)), "edge")
+            self._right = interleaved(again, np.int16)
+            self._padded = np.pad(self._targets.half_squares, (0, missing), "edge")
 
     def nearest(self, vectors: NDArray[np.float32]) -> NDArray[np.uint32]:
         """Numbers ``[n]`` of the nearest centroids of float32 ``[n, width]``; ties to the lowest."""
@@ -109,19 +111,15 @@ class Assigner:
         order = np.argsort(chosen, axis=None, kind="stable")
         rows, bounds = order // chosen.shape[1], np.cumsum(np.bincount(chosen.ravel(), minlength=len(cells)))
         best = np.full(len(rounded), np.iinfo(np.int32).min, dtype=np.int32)
-        for cell, members in enumerate(np.split(rows, bounds[:-1])):
-            if len(members):
-                product = integer_product(rounded[members], cells.operands[cell])
-                _keep_nearest(
-                    product,
-                    members,
-                    cells.numbers[cell],
-                    factors,
-                    units,
-                    targets.half_squares,
-                    best,
-                    nearest,
-                )
+        left = np.empty_like(rounded)
+        buffer = np.empty(len(rounded) * max(map(len, cells.numbers)), dtype=np.int32)
+        for operand, numbers, members in zip(
+            cells.operands, cells.numbers, np.split(rows, bounds[:-1]), strict=True
+        ):
+            np.take(rounded, members, axis=0, out=left[: len(members)], mode="clip")
+            product = buffer[: len(members) * len(numbers)].reshape(len(members), len(numbers))
+            integer_product(left[: len(members)], operand, product)
+            _keep_nearest(product, members, numbers, factors, units, targets.half_squares, best, nearest)
 
 
 @dataclass(frozen=True)
@@ -193,12 +191,11 @@ class _Cells:
     def nearest(self, rounded: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.uint16]:
         """Numbers ``[n, NEAREST_CELLS]`` of the cells nearest to vectors; ties to the lowest."""
         chosen = np.empty((len(rounded), min(NEAREST_CELLS, len(self))), dtype=np.uint16)
-        operand = right_operand(self.means.rows)
         factors, units = self.means.units(scales)
-        for start in range(0, len(rounded), ROWS):
-            part = slice(start, start + ROWS)
-            product = integer_product(rounded[part], operand)
-            _best_cells(product, factors[part], units[part], self.means.half_squares, chosen[part])
+        product = integer_product(rounded, self.means.rows)
+        parts = [slice(start, start + ROWS) for start in range(0, len(rounded), ROWS)]
+        calls = [(product[p], factors[p], units[p], self.means.half_squares, chosen[p]) for p in parts]
+        on_threads(_best_cells, calls, torch.get_num_threads())
         return chosen
 
 
