@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.support.probed_tokens import BOUND, ProbedTokens
-from benchmarks.support.results import Goal, finish
+from benchmarks.support.results import finish
 from benchmarks.support.search_files import VectorFiles
 from benchmarks.support.search_ours import build_index
 from benchmarks.support.search_vectors import add_set_options, encoded, exact_ranking, recombined, texts_of
@@ -90,22 +90,11 @@ def main() -> int:
             rows += [{"bits": bits, **row} for row in readings(settings(index), files, exact, rounds)]
     fastest = {(bits, level): by_way(rows, bits, level) for bits in options.bits for level in LEVELS}
     console.print(curve_table(rows, about), level_table(fastest))
-    goals = [
-        Goal(
-            f"{bits} bits, recall@{K} ≥ {level:.2f}: fastest other way's p50 / ours",
-            others / found[OURS],
-            1.0,
-        )
-        for (bits, level), found in fastest.items()
-        if OURS in found
-        and (others := min((ms for way, ms in found.items() if way != OURS), default=float("inf")))
-        < float("inf")
-    ]
     return finish(
         "search_stages",
         settings={"set": about, "threads": 1, "rounds": rounds},
         results={"curves": rows},
-        goals=goals,
+        goals=[],
         console=console,
         quick=options.quick,
     )
