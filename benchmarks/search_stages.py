@@ -10,6 +10,9 @@ arguments as for ``benchmarks.search``. The ways, of the same centroids, posting
 - probed tokens: WARP's. The tokens in the probed centroids are scored, and nothing else;
 - probed tokens, residuals: the best by WARP's scores are scored by all of their residuals.
 
+All begin with the same tables of a query: its scores with all centroids, and bytes of them for the interaction,
+which WARP's ways never read. WARP's estimate takes the best 128 centroids of each token, however few are probed.
+
 One thread, one query at a time; ways and settings take turns in every round, medians over the rounds. Recall
 is against exact MaxSim.
 """
@@ -71,7 +74,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the sample corpus, an untrained model")
     add_set_options(parser)
     parser.add_argument("--vectors", type=int, help="recombine the vectors to so many")
-    parser.add_argument("--bits", type=int, nargs="+", default=(2, 4), help="of residuals: 2 or 4")
+    parser.add_argument("--bits", type=int, nargs="+", default=(2, 4), choices=(2, 4), help="of residuals")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     rounds, questions = (1, 40) if options.quick else (options.rounds, options.questions)

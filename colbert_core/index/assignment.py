@@ -24,7 +24,7 @@ from colbert_core.index.integer_product import (
     right_operand,
     tiles_are_faster,
 )
-from colbert_core.index.integer_tiles import PANEL, interleaved
+from colbert_core.index.integer_tiles import LANES, PANEL, interleaved
 from colbert_core.index.kernels import quantize_rows
 from colbert_core.index.tile_kernels import nearest_centroids
 from colbert_core.threads import on_threads
@@ -78,9 +78,13 @@ class Assigner:
                 part = slice(start, start + ROWS)
                 self._among_all(rounded[part], scales[part], nearest[part])
         else:
-            for start in range(0, len(rounded), SORTED):
-                part = slice(start, start + SORTED)
-                self._in_cells(self._cells, rounded[part], scales[part], nearest[part])
+            # Tiles compute on the calling thread, so parts are shared out; other products are threaded.
+            threads = torch.get_num_threads()
+            outer, inner = (threads, 1) if tiles_are_faster(vectors.shape[1]) else (1, threads)
+            size = max(1, min(SORTED, -(-len(rounded) // outer)))
+            parts = [slice(start, start + size) for start in range(0, len(rounded), size)]
+            calls = [(self._cells, rounded[p], scales[p], nearest[p], inner) for p in parts]
+            on_threads(self._in_cells, calls, outer)
         return nearest
 
     def _among_all(
@@ -104,22 +108,25 @@ class Assigner:
         rounded: NDArray[np.int8],
         scales: NDArray[np.float32],
         nearest: NDArray[np.uint32],
+        threads: int,
     ) -> None:
         targets = self._targets
         factors, units = targets.units(scales)
-        chosen = cells.nearest(rounded, scales)
+        chosen = cells.nearest(rounded, scales, threads)
         order = np.argsort(chosen, axis=None, kind="stable")
         rows, bounds = order // chosen.shape[1], np.cumsum(np.bincount(chosen.ravel(), minlength=len(cells)))
         best = np.full(len(rounded), np.iinfo(np.int32).min, dtype=np.int32)
-        left = np.empty_like(rounded)
-        buffer = np.empty(len(rounded) * max(map(len, cells.numbers)), dtype=np.int32)
+        left = np.empty((ROWS, rounded.shape[1]), dtype=np.int8)
+        buffer = np.empty(ROWS * max(map(len, cells.numbers)), dtype=np.int32)
         for operand, numbers, members in zip(
             cells.operands, cells.numbers, np.split(rows, bounds[:-1]), strict=True
         ):
-            np.take(rounded, members, axis=0, out=left[: len(members)], mode="clip")
-            product = buffer[: len(members) * len(numbers)].reshape(len(members), len(numbers))
-            integer_product(left[: len(members)], operand, product)
-            _keep_nearest(product, members, numbers, factors, units, targets.half_squares, best, nearest)
+            for start in range(0, len(members), ROWS):
+                some = members[start : start + ROWS]
+                np.take(rounded, some, axis=0, out=left[: len(some)], mode="clip")
+                product = buffer[: len(some) * len(numbers)].reshape(len(some), len(numbers))
+                integer_product(left[: len(some)], operand, product)
+                _keep_nearest(product, some, numbers, factors, units, targets.half_squares, best, nearest)
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ class _Cells:
 
     Attributes:
         means: of each group's centroids.
-        numbers: each group's centroids, ascending.
+        numbers: each group's centroids, ascending; the last again and again, to a multiple of ``LANES``.
         operands: each group's centroids, as right operands.
     """
 
@@ -180,7 +187,11 @@ class _Cells:
             means = cluster_means(centroids, cell_of, means)
         cell_of = Assigner(*quantize_grid(means)).nearest(centroids)
         kept = np.unique(cell_of)
-        numbers = [np.flatnonzero(cell_of == cell) for cell in kept]
+        # The last one again, until tiles are full: ties go to the lowest.
+        numbers = [
+            np.pad(each, (0, -len(each) % LANES), "edge")
+            for each in (np.flatnonzero(cell_of == cell) for cell in kept)
+        ]
         operands = [right_operand(np.ascontiguousarray(quantized[each])) for each in numbers]
         rows, step = quantize_grid(means[kept])
         return cls(_Targets.of(rows, step * scale), numbers, operands)
@@ -188,14 +199,16 @@ class _Cells:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def nearest(self, rounded: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.uint16]:
+    def nearest(
+        self, rounded: NDArray[np.int8], scales: NDArray[np.float32], threads: int
+    ) -> NDArray[np.uint16]:
         """Numbers ``[n, NEAREST_CELLS]`` of the cells nearest to vectors; ties to the lowest."""
         chosen = np.empty((len(rounded), min(NEAREST_CELLS, len(self))), dtype=np.uint16)
         factors, units = self.means.units(scales)
         product = integer_product(rounded, self.means.rows)
         parts = [slice(start, start + ROWS) for start in range(0, len(rounded), ROWS)]
         calls = [(product[p], factors[p], units[p], self.means.half_squares, chosen[p]) for p in parts]
-        on_threads(_best_cells, calls, torch.get_num_threads())
+        on_threads(_best_cells, calls, threads)
         return chosen
 
 
@@ -205,7 +218,10 @@ def cells_of(centroids: int) -> int:
 
 
 def comparisons(centroids: int) -> float:
-    """How many cells and centroids a vector is compared with, on average, to find the nearest of so many."""
+    """How many cells and centroids a vector is compared with to find the nearest of so many.
+
+    Were all cells equally large; larger ones are chosen more often.
+    """
     if centroids <= COMPARED_WITH_ALL:
         return centroids
     cells = cells_of(centroids)

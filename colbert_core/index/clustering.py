@@ -1,8 +1,8 @@
-"""Centroids: two-level FAISS k-means, then a flat round.
+"""Centroids: two-level FAISS k-means, then a round over all cells.
 
 Flat k-means on n vectors costs n × K products an iteration. Clustering first into about √K cells and
-then inside each cell costs a small share of that and loses a little quality; a flat round with int8
-products wins it back.
+then inside each cell costs a small share of that and loses a little quality; a round in which every vector
+may go to another cell's centroid (:mod:`colbert_core.index.assignment`) wins it back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from colbert_core.index.assignment import Assigner, cells_of, cluster_means, qua
 
 FLAT_CENTROIDS = 256  # up to here one level is cheap enough
 POINTS_PER_CENTROID = 128  # vectors that k-means looks at, for each centroid it trains
-REFINED = 1 << 16  # vectors of a step of the flat round
+REFINED = 1 << 16  # vectors of a step of the last round
 
 Progress = Callable[[str, float], None]
 

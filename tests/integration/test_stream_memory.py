@@ -60,13 +60,13 @@ def small_store() -> Iterator[None]:
         yield
 
 
-def anonymous_mb(process: psutil.Process) -> float:
-    """Allocated by a process: neither mapped files nor the object store; 0 if it has ended."""
+def anonymous_mb(process: psutil.Process, name: str = "") -> float:
+    """Allocated by a process, no mapped file nor the object store; 0 if it has ended or another name."""
     try:
         memory = process.memory_info()
+        return float(memory.rss - memory.shared) / MB if name in process.name() else 0.0
     except psutil.NoSuchProcess:
         return 0.0
-    return float(memory.rss - memory.shared) / MB
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Memory:
             store=stats.object_store_bytes_used / MB,
             spilled=stats.spilled_bytes_total / MB,
             own=anonymous_mb(psutil.Process()),
-            readers=sum(anonymous_mb(p) for p in raylet.children() if "UnitReader" in p.name()),
+            readers=sum(anonymous_mb(process, "UnitReader") for process in raylet.children()),
         )
 
 
