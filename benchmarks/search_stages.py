@@ -10,8 +10,9 @@ arguments as for ``benchmarks.search``. The ways, of the same centroids, posting
 - probed tokens: WARP's. The tokens in the probed centroids are scored, and nothing else;
 - probed tokens, residuals: the best by WARP's scores are scored by all of their residuals.
 
-All begin with the same tables of a query: its scores with all centroids, and bytes of them for the interaction,
-which WARP's ways never read. WARP's estimate takes the best 128 centroids of each token, however few are probed.
+All begin with the same tables of a query: its scores with all centroids, and bytes of them for the
+interaction, which WARP's ways never read. WARP's estimate takes the best 128 centroids of each token, however
+few are probed.
 
 One thread, one query at a time; ways and settings take turns in every round, medians over the rounds. Recall
 is against exact MaxSim.
