@@ -29,8 +29,8 @@ from colbert_core.index.kernels import quantize_rows
 from colbert_core.index.tile_kernels import nearest_centroids
 from colbert_core.threads import on_threads
 
-COMPARED_WITH_ALL = 1 << 14  # more centroids than these are grouped into cells
-NEAREST_CELLS = 32  # that a vector is compared with the centroids of
+COMPARED_WITH_ALL = 1 << 13  # more centroids than these are grouped into cells
+CELL_SHARE, MOST_CELLS = 8, 32  # one in so many cells is looked into, at most so many
 CELL_ROUNDS = 5  # of clustering the centroids
 ROWS = 1024  # vectors × centroids of one integer product: its int32 result stays in the cache
 COLUMNS = 512
@@ -44,9 +44,9 @@ class Assigner:
     what it is batched with, nor on the processor. Rounding picks another centroid only among nearly equal
     ones, and the residual is taken from the one picked.
 
-    With more than ``COMPARED_WITH_ALL`` centroids, those of the ``NEAREST_CELLS`` cells whose means are
-    nearest are looked at (as FAISS's IVF does with vectors); a vector near the border of its cells may then
-    get the second best. Cells are a function of the centroids.
+    With more than ``COMPARED_WITH_ALL`` centroids, those of the :func:`nearest_cells` cells whose means
+    are nearest are looked at (as FAISS's IVF does with vectors); a vector near the border of its cells may
+    then get the second best. Cells are a function of the centroids.
     """
 
     def __init__(self, quantized: NDArray[np.int8], scale: np.float32) -> None:
@@ -202,8 +202,8 @@ class _Cells:
     def nearest(
         self, rounded: NDArray[np.int8], scales: NDArray[np.float32], threads: int
     ) -> NDArray[np.uint16]:
-        """Numbers ``[n, NEAREST_CELLS]`` of the cells nearest to vectors; ties to the lowest."""
-        chosen = np.empty((len(rounded), min(NEAREST_CELLS, len(self))), dtype=np.uint16)
+        """Numbers ``[n, nearest_cells(cells)]`` of the cells nearest to vectors; ties to the lowest."""
+        chosen = np.empty((len(rounded), nearest_cells(len(self))), dtype=np.uint16)
         factors, units = self.means.units(scales)
         product = integer_product(rounded, self.means.rows)
         parts = [slice(start, start + ROWS) for start in range(0, len(rounded), ROWS)]
@@ -217,6 +217,11 @@ def cells_of(centroids: int) -> int:
     return 1 << math.ceil(math.log2(math.sqrt(centroids)))
 
 
+def nearest_cells(cells: int) -> int:
+    """How many of so many cells a vector is compared with the centroids of."""
+    return min(MOST_CELLS, -(-cells // CELL_SHARE))
+
+
 def comparisons(centroids: int) -> float:
     """How many cells and centroids a vector is compared with to find the nearest of so many.
 
@@ -225,7 +230,7 @@ def comparisons(centroids: int) -> float:
     if centroids <= COMPARED_WITH_ALL:
         return centroids
     cells = cells_of(centroids)
-    return cells + min(NEAREST_CELLS, cells) * centroids / cells
+    return cells + nearest_cells(cells) * centroids / cells
 
 
 def quantize_grid(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], np.float32]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from colbert_core.index import assignment, integer_product
-from colbert_core.index.assignment import COMPARED_WITH_ALL, Assigner, quantize_grid
+from colbert_core.index.assignment import COMPARED_WITH_ALL, Assigner, comparisons, quantize_grid
 from colbert_core.index.integer_tiles import has_tiles
 
 WIDTH = 32
@@ -64,7 +64,7 @@ def test_it_does_not_depend_on_what_it_is_batched_with(centroids: np.ndarray, ve
 def test_with_all_cells_it_is_the_nearest_of_all(
     centroids: np.ndarray, vectors: np.ndarray, flat: Assigner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assignment, "NEAREST_CELLS", 1 << 15)
+    monkeypatch.setattr(assignment, "nearest_cells", lambda cells: cells)
     assigner = Assigner(*quantize_grid(centroids))
     assert assigner.nearest(vectors[:2000]).tolist() == flat.nearest(vectors[:2000]).tolist()
 
@@ -79,3 +79,10 @@ def test_other_products_give_the_same_cells(
     for module in (assignment, integer_product):
         monkeypatch.setattr(module, "tiles_are_faster", lambda width: not tiles)
     assert Assigner(*quantize_grid(centroids)).nearest(vectors).tolist() == found.tolist()
+
+
+def test_how_much_is_compared() -> None:
+    assert comparisons(8192) == 8192
+    assert comparisons(16_384) == 128 + 16 * 128
+    assert comparisons(32_768) == 256 + 32 * 128
+    assert comparisons(1 << 20) == 1024 + 32 * 1024
