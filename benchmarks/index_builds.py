@@ -21,8 +21,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.support.results import Goal, finish
-from benchmarks.support.search_contenders import OURS, our_contenders, parsed, peer_contenders, started
-from benchmarks.support.search_vectors import add_set_options, encoded, recombined, texts_of
+from benchmarks.support.search_contenders import OURS, build, our_contenders, parsed, peer_contenders, started
+from benchmarks.support.search_vectors import add_set_options, chosen_set, texts_of
 
 console = Console(width=120)
 
@@ -38,22 +38,14 @@ def main() -> int:
     versions: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as name:
         cache = options.cache or Path(name) / "cache"
-        files = encoded(texts_of(options.data, options.questions), options.model, options.root, cache)
-        if options.vectors:
-            files = recombined(files, options.vectors, cache)
+        files = chosen_set(texts_of(options.data, options.questions), options, cache)
         about = files.about
         turns = [contender for _ in range(rounds) for contender in contenders]
         for contender in track(turns, "building", console=console, transient=True):
             index = Path(name) / "index"
             with started(contender, peers, options.threads) as process:
                 versions[contender.engine] = process.call("versions")
-                built = process.call(
-                    "build",
-                    folder=str(files.folder),
-                    index=str(index),
-                    settings=contender.build,
-                    threads=options.threads,
-                )
+                built = build(process, contender, files, index, options.threads)
             shutil.rmtree(index)
             seconds[contender.label].append(built["seconds"])
             console.print(f"{contender.label}: {built['seconds']:,.0f} s")

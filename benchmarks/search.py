@@ -8,14 +8,14 @@ sample corpus, an untrained model and no peers.
 
 Texts are encoded once, float16, and kept under ``--cache``; every engine gets these bytes. Recall is the
 share of the exact MaxSim's best k that an engine returns, nDCG@10 is by human labels, beside that of the
-exact ranking of the same questions. Each index is built by
-a process of its own and searched by another, with ``--threads`` threads; the engines take turns, setting by
-setting, in every round. A single query's latency is that of one call with one query; batched QPS is of one
-call with all of them. Medians over the rounds; a reading of more than ``STEADY_S`` seconds is taken once, in
-the first round. A build's time is without that of compiling kernels, which a machine does once. A setting
-that would take more than ``PATIENCE_S`` seconds is asked fewer questions, as the table says; one that follows
-a setting of more than ``SLOW_S`` seconds a query is not measured. Memory is the peak resident set of the
-process: imports, and what it has mapped from disk, included.
+exact ranking of the same questions. Each index is built by a process of its own and searched by another, with
+``--threads`` threads; the engines take turns, setting by setting, in every round. A single query's latency is
+that of one call with one query; batched QPS is of one call with all of them. Medians over the rounds; a
+reading of more than ``STEADY_S`` seconds is taken once, in the first round. A build's time is without that of
+compiling kernels, which a machine does once. A setting that would take more than ``PATIENCE_S`` seconds is
+asked fewer questions, as the table says; one that follows a setting of more than ``SLOW_S`` seconds a query
+is not measured. Memory is the peak resident set of the process: imports, and what it has mapped from disk,
+included.
 
 Peers' indexes are kept under ``--cache`` as well, with the figures of their builds, by engine, version,
 settings, threads and processor: a benchmark that was interrupted goes on, and another one need not build
@@ -50,6 +50,7 @@ from benchmarks.support.search_contenders import (
     CUTS,
     OURS,
     Contender,
+    build,
     our_contenders,
     parsed,
     peer_contenders,
@@ -61,9 +62,8 @@ from benchmarks.support.search_plot import plot
 from benchmarks.support.search_vectors import (
     add_set_options,
     appearing,
-    encoded,
+    chosen_set,
     exact_ranking,
-    recombined,
     texts_of,
 )
 from colbert_core.metrics import evaluate_run
@@ -87,9 +87,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as folder:
         cache = options.cache or Path(folder) / "cache"
         texts = texts_of(options.data, questions)
-        files = encoded(texts, options.model, options.root, cache)
-        if options.vectors:
-            files = recombined(files, options.vectors, cache)
+        files = chosen_set(texts, options, cache)
         exact = exact_ranking(files)
         ours = our_contenders((4, 8), CUTS[1::3]) if options.quick else our_contenders((2, 4, 8), CUTS)
         contenders = [*ours, *(peer_contenders()[name] for name in peers)]
@@ -150,13 +148,7 @@ class Benchmark:
                 place = self._indexes[contender.label] = self._place(contender, versions)
                 if not place.exists():
                     with appearing(place) as staging:
-                        built = process.call(
-                            "build",
-                            folder=str(self._files.folder),
-                            index=str(staging / INDEX),
-                            settings=contender.build,
-                            threads=self._threads,
-                        )
+                        built = build(process, contender, self._files, staging / INDEX, self._threads)
                         (staging / BUILT).write_text(json.dumps(built), encoding="utf-8")
             built = json.loads((place / BUILT).read_text(encoding="utf-8"))
             console.print(f"{contender.label}: built in {built['seconds']:,.0f} s")

@@ -39,7 +39,7 @@ from benchmarks.support.probed_tokens import BOUND, ProbedTokens
 from benchmarks.support.results import finish
 from benchmarks.support.search_files import VectorFiles
 from benchmarks.support.search_ours import build_index
-from benchmarks.support.search_vectors import add_set_options, encoded, exact_ranking, recombined, texts_of
+from benchmarks.support.search_vectors import add_set_options, chosen_set, exact_ranking, texts_of
 from colbert_core.config import CodecConfig, SearchConfig
 from colbert_core.index import Searcher, open_index
 from colbert_core.index.engine import CpuEngine, run_here
@@ -82,9 +82,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="raycolbert-bench-") as name:
         cache = options.cache or Path(name) / "cache"
-        files = encoded(texts_of(options.data, questions), options.model, options.root, cache)
-        if options.vectors:
-            files = recombined(files, options.vectors, cache)
+        files = chosen_set(texts_of(options.data, questions), options, cache)
         about, exact = files.about, exact_ranking(files)[:, :K]
         for bits in options.bits:
             index = Path(name) / f"{bits}-bit"

@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.support.line_protocol import Peer
 from benchmarks.support.search_engine import Settings
+from benchmarks.support.search_files import VectorFiles
 
 OURS = "raycolbert"
 _OURS_MODULE = "benchmarks.support.search_ours"
@@ -103,3 +105,13 @@ def started(contender: Contender, pythons: Mapping[str, str], threads: int) -> P
         _OURS_MODULE if ours else _PEERS_MODULE,
         {**dict.fromkeys(_BOUNDS, str(threads)), "RAYCOLBERT_PEER": contender.engine},
     )
+
+
+def build(
+    process: Peer, contender: Contender, files: VectorFiles, index: Path, threads: int
+) -> dict[str, float]:
+    """Has a contender's process build its index, and returns the figures of that."""
+    built: dict[str, float] = process.call(
+        "build", folder=str(files.folder), index=str(index), settings=contender.build, threads=threads
+    )
+    return built

@@ -210,6 +210,18 @@ def recombined(files: VectorFiles, vectors: int, cache: Path, seed: int = 0) -> 
     return write_set(folder, out, np.concatenate(lengths), tokens[order], *asked, about)
 
 
+def chosen_set(texts: Texts, options: argparse.Namespace, cache: Path) -> VectorFiles:
+    """What the command line asks for: the texts' vectors, recombined if it says to how many.
+
+    Args:
+        texts: what to encode.
+        options: those of :func:`add_set_options`, and ``vectors``.
+        cache: see :func:`encoded`.
+    """
+    files = encoded(texts, options.model, options.root, cache)
+    return recombined(files, options.vectors, cache) if options.vectors else files
+
+
 def exact_ranking(files: VectorFiles) -> np.ndarray:
     """int64 ``[queries, depth]``: the best documents by :func:`exact_scores`, kept on disk."""
     path = files.folder / "exact.npy"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,26 +64,23 @@ class Assigner:
         scales = np.empty(len(vectors), dtype=np.float32)
         quantize_rows(vectors, rounded, scales)
         nearest = np.zeros(len(vectors), dtype=np.uint32)
+        threads = torch.get_num_threads()
         if self._right is not None:
             arguments = self._right, *self._targets.units(scales), self._padded, nearest
-
-            def assign(start: int) -> None:
-                nearest_centroids(rounded, start, min(start + ROWS, len(rounded)), *arguments)
-
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(assign, range(0, len(rounded), ROWS)))
+            starts = range(0, len(rounded), ROWS)
+            calls = [(rounded, start, min(start + ROWS, len(rounded)), *arguments) for start in starts]
+            on_threads(nearest_centroids, calls, threads)
         elif self._cells is None:
             for start in range(0, len(rounded), ROWS):
                 part = slice(start, start + ROWS)
                 self._among_all(rounded[part], scales[part], nearest[part])
         else:
             # Tiles compute on the calling thread, so parts are shared out; other products are threaded.
-            threads = torch.get_num_threads()
             outer, inner = (threads, 1) if tiles_are_faster(vectors.shape[1]) else (1, threads)
             size = max(1, min(SORTED, -(-len(rounded) // outer)))
             parts = [slice(start, start + size) for start in range(0, len(rounded), size)]
-            calls = [(self._cells, rounded[p], scales[p], nearest[p], inner) for p in parts]
-            on_threads(self._in_cells, calls, outer)
+            shares = [(self._cells, rounded[p], scales[p], nearest[p], inner) for p in parts]
+            on_threads(self._in_cells, shares, outer)
         return nearest
 
     def _among_all(
@@ -168,11 +164,13 @@ class _Cells:
 
     Attributes:
         means: of each group's centroids.
+        operand: these, as a right operand.
         numbers: each group's centroids, ascending; the last again and again, to a multiple of ``LANES``.
         operands: each group's centroids, as right operands.
     """
 
     means: _Targets
+    operand: RightOperand
     numbers: Sequence[NDArray[np.int64]]
     operands: Sequence[RightOperand]
 
@@ -194,7 +192,7 @@ class _Cells:
         ]
         operands = [right_operand(np.ascontiguousarray(quantized[each])) for each in numbers]
         rows, step = quantize_grid(means[kept])
-        return cls(_Targets.of(rows, step * scale), numbers, operands)
+        return cls(_Targets.of(rows, step * scale), right_operand(rows), numbers, operands)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -205,7 +203,7 @@ class _Cells:
         """Numbers ``[n, nearest_cells(cells)]`` of the cells nearest to vectors; ties to the lowest."""
         chosen = np.empty((len(rounded), nearest_cells(len(self))), dtype=np.uint16)
         factors, units = self.means.units(scales)
-        product = integer_product(rounded, self.means.rows)
+        product = integer_product(rounded, self.operand)
         parts = [slice(start, start + ROWS) for start in range(0, len(rounded), ROWS)]
         calls = [(product[p], factors[p], units[p], self.means.half_squares, chosen[p]) for p in parts]
         on_threads(_best_cells, calls, threads)

@@ -6,7 +6,6 @@ import json
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from benchmarks.support.search_engine import AnonymousMemory
 from cluster.artifacts import base_ref, index_ref
 from cluster.config import Recipe, StorageConfig
 from cluster.config.base import fingerprint
@@ -221,41 +221,6 @@ def test_four_shards_answer_as_one(built: Recipe, root: Path) -> None:
     assert_alike(searched(one), searched(built))
 
 
-class OwnMemory(threading.Thread):
-    """Watches what this process has allocated, without mapped files and the object store.
-
-    Attributes:
-        growth: the most that it was above the start, in bytes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._leave = threading.Event()
-        self._start = self._now()
-        self.growth = 0
-
-    def run(self) -> None:
-        while not self._leave.wait(0.01):
-            self._look()
-
-    def _look(self) -> None:
-        self.growth = max(self.growth, self._now() - self._start)
-
-    @staticmethod
-    def _now() -> int:
-        memory = psutil.Process().memory_info()
-        return int(memory.rss - memory.shared)
-
-    def __enter__(self) -> OwnMemory:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._leave.set()
-        self.join()
-        self._look()
-
-
 def test_the_driver_holds_no_corpus(built: Recipe, root: Path) -> None:
     """48 MB of text, of which the first tokens are encoded; the driver may grow by half of that."""
     source, size = random.Random(1), 48_000
@@ -264,11 +229,14 @@ def test_the_driver_holds_no_corpus(built: Recipe, root: Path) -> None:
     given = recipe(root, root / "bulky store", "bulky")
     del bulky
     release_freed_memory()
-    with OwnMemory() as driver:
+    with AnonymousMemory() as before:
+        pass
+    with AnonymousMemory() as driver:
         report = index.run(given)
     assert report.metrics["documents"] == 1000
-    print(f"the driver grew by {driver.growth / 2**20:.1f} MB, for {1000 * size / 2**20:.0f} MB of text")
-    assert driver.growth < 1000 * size / 2
+    growth, text = driver.peak_mb - before.peak_mb, 1000 * size / 2**20
+    print(f"the driver grew by {growth:.1f} MB, for {text:.0f} MB of text")
+    assert growth < text / 2
 
 
 def test_typed_errors_come_through(root: Path) -> None:
